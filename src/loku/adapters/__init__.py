@@ -1,0 +1,1 @@
+"""Importance, initialisers, the anchored adapter and its export."""

@@ -1,0 +1,1 @@
+"""Forget and retain losses: pure functions of logits and labels."""

@@ -1,0 +1,305 @@
+"""Every option, defined once: name, type, default, help and the source of the default. Needs no torch.
+
+The command line, YAML recipes and the Python API all read these dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from loku.errors import InputError, suggestion
+from loku.methods import METHODS
+
+FORGET_LOSSES = ("ihl", "grad_ascent", "npo")
+RETAIN_LOSSES = ("nll",)
+INITIALISERS = ("fila", "fila-official", "lora")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    source: str | None = None,
+    least: float | None = None,
+) -> Any:
+    """Define an option: its default, its help text, its valid names or smallest value, and where the default is from."""
+    return field(default=default, metadata={"help": help, "choices": choices, "source": source, "least": least})
+
+
+class Options:
+    """What all option sets share: building from mappings with checks, and listing."""
+
+    @classmethod
+    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        """Return the options by name."""
+        return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], *, where: str) -> Self:
+        """Build the options from a mapping, refusing unknown names and values of the wrong type.
+
+        `where` says where the mapping came from ("recipe.yaml"), for the error.
+        """
+        hints = typing.get_type_hints(cls)
+        for name, value in values.items():
+            if name not in hints:
+                raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, hints))
+            values[name] = _checked(name, value, hints[name], where)
+        options = cls(**values)
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Raise InputError for values that no run can use."""
+        for name, f in self.fields().items():
+            value = getattr(self, name)
+            choices, least = f.metadata.get("choices"), f.metadata.get("least")
+            if choices and value is not None and value not in choices:
+                raise InputError(f"{flag(name)} '{value}' is not known.", suggestion(str(value), choices))
+            if least is not None and value is not None and value < least:
+                raise InputError(f"{flag(name)} {value} is too small.", f"Give at least {least:g}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all options with their values, in the order of their definition."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
+def flag(name: str) -> str:
+    """Return an option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
+    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if float in accepted and isinstance(value, str):  # YAML reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if (
+        int in accepted
+        and isinstance(value, bool)
+        or not isinstance(value, tuple(typing.get_origin(a) or a for a in accepted))
+    ):
+        names = " or ".join("nothing" if a is type(None) else getattr(a, "__name__", str(a)) for a in accepted)
+        raise InputError(f"{where} gives {value!r} for '{name}'.", f"'{name}' takes {names}.")
+    return value
+
+
+@dataclass
+class ModelOptions(Options):
+    """Options of every verb that loads a model."""
+
+    model: str | None = option(None, "model folder or hub id")
+    dtype: str = option(
+        "auto", "weights' type: auto keeps the stored one", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; by default a GPU when there is one")
+    prompt_template: str | None = option(
+        None, "JSON file with question and answer tags, for models without a chat template"
+    )
+    max_length: int = option(500, "longest sequence in tokens", source="TOFU: Maini et al. 2024", least=2)
+    data_dir: str | None = option(None, "folder with benchmark files (default: $LOKU_DATA_DIR, else the hub)")
+    trust_remote_code: bool = option(False, "run the model repository's own code")
+
+
+@dataclass
+class TrainingOptions(ModelOptions):
+    """Options of every verb that trains."""
+
+    output: str | None = option(None, "folder to write; an interrupted run in it is resumed")
+    epochs: float = option(5.0, "passes over the data", source="LoKU, released scripts", least=0)
+    max_steps: int = option(-1, "optimiser steps; overrides --epochs when positive")
+    batch_size: int = option(8, "sequences per step and device", least=1)
+    grad_accum: int = option(
+        4, "batches per optimiser step (8 x 4 = 32 in all)", source="LoKU, released scripts", least=1
+    )
+    learning_rate: float = option(1e-4, "peak learning rate", source="LoKU, Llama-2-7B on TOFU", least=0)
+    warmup_epochs: float = option(1.0, "passes of linear warm-up", source="LoKU, released scripts", least=0)
+    warmup_steps: int = option(-1, "steps of linear warm-up; overrides --warmup-epochs unless negative")
+    scheduler: str = option(
+        "linear", "learning-rate schedule after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    weight_decay: float = option(
+        0.0, "AdamW weight decay; 0, since decay of FILA's factors decays pretrained content", least=0
+    )
+    adam_beta2: float = option(0.999, "AdamW's second beta", least=0)
+    max_grad_norm: float = option(1.0, "gradient norm to clip at", least=0)
+    activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    save_steps: int = option(0, "steps between checkpoints; 0: one per epoch; -1: none", least=-1)
+    max_loss: float = option(1000.0, "stop when a mean loss exceeds this size: the run has exploded", least=0)
+    report_to: str = option("none", "trackers known to transformers, such as tensorboard or wandb")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice (small models run best with 1)", least=0)
+    seed: int = option(42, "seed of everything random", source="LoKU, released scripts", least=0)
+
+
+@dataclass
+class UnlearnOptions(TrainingOptions):
+    """Options of `loku unlearn`."""
+
+    forget: str | None = option(None, "what must go: file, dataset folder, hub id or tofu/forget10")
+    retain: str | None = option(None, "what must stay: as --forget, or 'self' for text sampled from the model itself")
+    method: str = option(
+        "loku", "named settings to start from; see `loku methods`", choices=tuple(METHODS), source="LoKU"
+    )
+    forget_loss: str = option("ihl", "loss on the forget set", choices=FORGET_LOSSES, source="LoKU")
+    retain_loss: str = option("nll", "loss on the retain set", choices=RETAIN_LOSSES, source="LoKU")
+    forget_weight: float = option(1.0, "weight of the forget loss", source="LoKU, released scripts", least=0)
+    retain_weight: float = option(1.0, "weight of the retain loss", source="LoKU, released scripts", least=0)
+    beta: float = option(0.1, "NPO's beta", source="Zhang et al. 2024", least=1e-6)
+    init: str = option("fila", "how the adapter starts", choices=INITIALISERS, source="LoKU")
+    tune: str = option("lora", "lora trains an adapter; full trains all weights of a copy", choices=("lora", "full"))
+    rank: int = option(16, "LoRA rank", source="LoKU: 4, 8, 16 and 32", least=1)
+    alpha: float | None = option(None, "LoRA alpha (default: twice the rank)", source="LoKU, released scripts")
+    targets: str = option(
+        "all-linear", "layers to adapt, comma-separated; all-linear leaves out the head", source="LoKU"
+    )
+    importance: str | None = option(None, "importance file to use (and to write, when it does not exist yet)")
+    importance_eps: float | None = option(
+        None, "eps of the importance ratio (default: 0.01 x the layer's mean retain Fisher)"
+    )
+    importance_batch_size: int = option(4, "sequences per importance batch", source="LoKU, released scripts", least=1)
+    self_rows: int = option(200, "texts to sample for --retain self", least=1)
+    self_length: int = option(128, "tokens of each sampled text", least=2)
+    evaluate: bool = option(True, "measure the model before and after, and write the report")
+    eval_rows: int = option(100, "most rows per set to measure", least=1)
+    max_new_tokens: int | None = option(
+        None, "longest generated answer when measuring (default: from the answers' lengths)"
+    )
+    holdout: str | None = option(None, "rows of the same kind that were never trained on, for membership figures")
+    general: str | None = option(None, "general-knowledge rows, for utility")
+    retain_only_model: str | None = option(
+        None, "model trained without the forget set, or its results.json: the reference"
+    )
+    keep_text: bool = option(False, "keep example generations in the run folder and the report")
+
+    @property
+    def lora_alpha(self) -> float:
+        """The LoRA alpha in use: twice the rank unless given."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+@dataclass
+class FinetuneOptions(TrainingOptions):
+    """Options of `loku finetune`."""
+
+    data: str | None = option(None, "rows to learn: file, dataset folder, hub id or tofu/full")
+    new_model: str | None = option(None, "instead of --model: JSON file with the configuration of a new, random model")
+    vocab_size: int = option(2000, "tokens of the byte-level BPE tokenizer made for a new model", least=260)
+    learning_rate: float = option(1e-5, "peak learning rate", source="TOFU, Llama-2-7B", least=0)
+    weight_decay: float = option(0.01, "AdamW weight decay", source="TOFU: Maini et al. 2024", least=0)
+
+
+@dataclass
+class ImportanceOptions(ModelOptions):
+    """Options of `loku importance`."""
+
+    forget: str | None = option(None, "what must go")
+    retain: str | None = option(None, "what must stay")
+    init: str = option("fila", "which recipe: fila or fila-official", choices=("fila", "fila-official"), source="LoKU")
+    targets: str = option("all-linear", "layers, comma-separated; all-linear leaves out the head", source="LoKU")
+    importance_eps: float | None = option(None, "eps of the ratio (default: 0.01 x the layer's mean retain Fisher)")
+    importance_batch_size: int = option(4, "sequences per batch", source="LoKU, released scripts", least=1)
+    seed: int = option(42, "seed of the retain sample", least=0)
+    output: str | None = option(None, "safetensors file to write")
+
+
+@dataclass
+class EvaluateOptions(ModelOptions):
+    """Options of `loku evaluate`."""
+
+    adapter: str | None = option(None, "adapter folder to put on the model")
+    suite: str = option("own", "own: your rows; tofu: the benchmark's four sets", choices=("own", "tofu"))
+    forget: str | None = option(None, "suite own: forget rows")
+    retain: str | None = option(None, "suite own: retain rows")
+    holdout: str | None = option(None, "suite own: rows never trained on")
+    general: str | None = option(None, "suite own: general-knowledge rows")
+    forget_split: str = option("forget10", "suite tofu: forget01, forget05 or forget10", source="TOFU")
+    sets: str = option("forget,retain,real_authors,world_facts", "suite tofu: which of the four sets")
+    reference: str | None = option(None, "results.json or official log of the retain-only model")
+    target: str | None = option(None, "results.json of the target model, for the verdict")
+    max_rows: int = option(300, "most rows per set", source="TOFU: ds_size 300", least=1)
+    max_new_tokens: int | None = option(None, "longest generated answer (default: the suite's)")
+    output: str | None = option(None, "folder for results.json")
+    keep_text: bool = option(False, "also write generations to examples.jsonl")
+    from_logs: str | None = option(None, "instead of a model: an official TOFU log (.json or .json.gz)")
+    retain_logs: str | None = option(None, "with --from-logs: the retain-only model's log")
+    json: bool = option(False, "print one JSON object")
+    seed: int = option(42, "seed of the bootstrap intervals", least=0)
+
+
+@dataclass
+class ExportOptions(Options):
+    """Options of `loku export`."""
+
+    run: str | None = option(None, "run folder, or adapter folder together with --model")
+    model: str | None = option(None, "base model (default: the one the run or adapter names)")
+    form: str = option(
+        "merged",
+        "lora: rank as trained; truncated: --rank; merged: a whole model",
+        choices=("lora", "truncated", "merged"),
+    )
+    rank: int | None = option(None, "with --form truncated: the rank to keep", least=1)
+    dtype: str = option(
+        "auto", "type of the merged weights: auto keeps the base's", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    output: str | None = option(None, "folder to write")
+    rescore: bool = option(True, "merged: measure the forget set again in the stored type, and warn when it moved")
+    data_dir: str | None = option(None, "folder with benchmark files (default: $LOKU_DATA_DIR, else the hub)")
+    trust_remote_code: bool = option(False, "run the model repository's own code")
+
+
+@dataclass
+class ReportOptions(Options):
+    """Options of `loku report`."""
+
+    folders: list[str] = field(
+        default_factory=list, metadata={"help": "run or evaluation folders; several are compared"}
+    )
+    output: str | None = option(None, "HTML file to write (default: report.html in the first folder)")
+    title: str | None = option(None, "title of the page")
+
+
+@dataclass
+class DemoOptions(Options):
+    """Options of `loku demo`."""
+
+    output: str = option("demo", "folder to write")
+    seed: int = option(0, "seed of corpus and training", least=0)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a YAML recipe: a flat mapping of option names (with _ or -) to values."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a YAML file, or options only.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe '{path}' is not YAML: {error}", "Write one `option: value` a line.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The recipe '{path}' holds no options.", "Write one `option: value` a line.")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *, where: str = "The recipe") -> Any:
+    """Combine defaults, the method's settings, a recipe and flags; later ones win."""
+    hints = typing.get_type_hints(cls)
+    for name in recipe:
+        if name not in hints:
+            raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, hints))
+    settings: dict[str, Any] = {}
+    name = flags.get("method", recipe.get("method"))
+    if "method" in hints and name in METHODS:
+        settings = dict(METHODS[name].settings)
+    return cls.from_mapping(settings | recipe | flags, where=where)

@@ -1,0 +1,176 @@
+"""Train a target or a retain-only model: plain fine-tuning on answer tokens, or a small new model from scratch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+
+from loku.config import FinetuneOptions
+from loku.data.batching import pad_batch
+from loku.data.encoding import EncodedSet, Encoder, Example
+from loku.data.prompts import resolve_template, save_template
+from loku.data.sources import RecordSet, load_records
+from loku.errors import InputError
+from loku.models import load_config, load_model, load_tokenizer, pick_device, weights_sha256
+from loku.progress import console, progress
+from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
+from loku.trainer import TrainingProgress, steps_per_epoch, training_arguments
+
+
+def finetune(options: FinetuneOptions) -> Path:
+    """Fine-tune a model on rows and write a model folder. An interrupted run in that folder is resumed.
+
+    Run it twice from the same model, once on all rows and once without the forget rows, for a target model and its
+    retain-only reference. Raises InputError before any work when something given cannot be used.
+    """
+    run = RunFolder.check(options.output, options.as_dict())
+    if not options.data:
+        raise InputError("--data is missing.", "Give the rows to learn: a file, a dataset folder or a hub id.")
+    records = load_records(options.data, option="--data", data_dir=options.data_dir)
+    model, tokenizer = _starting_point(options, records)
+    template = resolve_template(tokenizer, options.model, options.prompt_template)
+    encoded = Encoder(tokenizer, template, options.max_length).encode_records(records, option="--data")
+    counts = encoded.counts
+    console.print(
+        f"finetune: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
+        f"({counts.supervised_tokens:,} supervised tokens), template {template.describe()}"
+    )
+    run.start(command="finetune")
+    run.update(
+        seed=options.seed,
+        data={"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}},
+        model={"name": options.model or options.new_model, "architecture": type(model).__name__},
+    )
+    train_model(model, encoded, tokenizer.pad_token_id, run, options)
+    model.save_pretrained(run.path)
+    tokenizer.save_pretrained(run.path)
+    save_template(template, run.path)
+    run.update(status="finished", peak_memory_bytes=peak_memory_bytes(), sha256=weights_sha256(model))
+    console.print(f"model written to {run.path}")
+    return run.path
+
+
+def train_model(
+    model: PreTrainedModel, encoded: EncodedSet, pad_id: int, run: RunFolder, options: FinetuneOptions
+) -> None:
+    """Minimise the token cross entropy of the supervised tokens with transformers' Trainer."""
+    checkpoint = run.last_checkpoint()
+    run.rewind_metrics(checkpoint)
+    arguments = training_arguments(
+        run.checkpoints,
+        steps_per_epoch(len(encoded.examples), options.batch_size, options.grad_accum),
+        **options.as_dict(),
+    )
+    with progress("finetuning") as update:
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_Examples(encoded.examples),
+            data_collator=lambda batch: pad_batch(batch, pad_id),
+            callbacks=[MetricsLog(run.metrics), TrainingProgress(update)],
+        )
+        with run.timed("training"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.eval()
+
+
+class _Examples(Dataset[Example]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def _starting_point(options: FinetuneOptions, records: RecordSet) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if options.new_model and options.model:
+        raise InputError(
+            "--model and --new-model were both given.", "Give one: a model to tune, or settings of a new one."
+        )
+    if options.model:
+        load_config(options.model, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+        dtype = "float32" if options.dtype == "auto" else options.dtype  # bfloat16 weights swallow small updates
+        model = load_model(
+            options.model, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+        return model, tokenizer
+    if not options.new_model:
+        raise InputError("--model is missing.", "Give a model to tune, or --new-model with the settings of a new one.")
+    settings = _read_settings(options.new_model)
+    tokenizer = train_tokenizer(_texts(records), options.vocab_size)
+    return new_model(settings, tokenizer, options.seed).to(pick_device(options.device)), tokenizer
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--new-model '{path}' cannot be read: {error}", "Give a JSON file with model_type and sizes."
+        ) from error
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise InputError(f"--new-model '{path}' has no model_type.", 'Add one, such as "model_type": "llama".')
+    return settings
+
+
+def new_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Make a randomly initialised model from configuration settings, sized for the tokenizer."""
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = dict(settings)
+    kind = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **(special | settings))
+    except ValueError as error:
+        raise InputError(
+            f"model_type '{kind}' is not known to transformers.", "Give one such as llama or gpt_neo."
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (GPT-2's kind) on texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def _texts(records: RecordSet) -> list[str]:
+    texts = []
+    for record in records:
+        parts = [record.question, record.answer, record.text, *(content for _, content in record.messages)]
+        texts.append(" ".join(part for part in parts if part))
+    return texts

@@ -1,0 +1,123 @@
+"""`loku export`: what others load, an ordinary LoRA, a truncated one or a merged model, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loku.adapters.export import PortableLora, load_lora, save_merged, truncate
+from loku.config import ExportOptions
+from loku.errors import InputError
+from loku.files import read_json
+from loku.models import load_model, load_tokenizer
+from loku.progress import console
+from loku.report.card import write_model_card
+
+SERVING_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
+REMOVABLE = "An adapter can be removed: what is released to outsiders is the merged model."
+
+
+def export(options: ExportOptions) -> Path:
+    """Write an adapter or merged model from a run folder (or an adapter folder) into a new folder.
+
+    A merged model is scored again in the type it is stored in; a warning says when its forget scores moved, because
+    half precision can swallow small updates. Raises InputError before any work when something cannot be used.
+    """
+    folder, run = _source(options)
+    base_name = (
+        options.model
+        or run.get("model", {}).get("name")
+        or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    )
+    output = _output(options)
+    lora = load_lora(folder)
+    if options.form == "truncated" and options.rank is None:
+        raise InputError("--rank is missing.", f"Give the rank to keep, below {lora.rank}.")
+    if options.form != "truncated" and options.rank is not None:
+        raise InputError(f"--rank {options.rank} is of no use with --form {options.form}.", "Add --form truncated.")
+    results = _results(options)
+    if options.form == "merged":
+        if not base_name or base_name == "in memory":
+            raise InputError("The base model is not known.", "Give it with --model.")
+        _merge(lora, base_name, output, options)
+    else:
+        if options.form == "truncated":
+            assert options.rank is not None
+            truncated = truncate(lora, options.rank)
+            lora = truncated.lora
+            console.print(
+                f"truncated to rank {lora.rank}: relative error {truncated.error:.4f} "
+                f"(worst layer {truncated.worst:.4f}) of the weight change"
+            )
+        lora.save(output, base_model=base_name)
+        serving = next((rank for rank in SERVING_RANKS if rank >= lora.rank), None)
+        console.print(f"ordinary LoRA of rank {lora.rank} written to {output} (vLLM: --max-lora-rank {serving})")
+        console.print(REMOVABLE)
+    write_model_card(
+        output,
+        run=run,
+        results=results,
+        kind="merged" if options.form == "merged" else "adapter",
+        base_model=str(base_name or "unknown"),
+    )
+    return output
+
+
+def _source(options: ExportOptions) -> tuple[Path, dict[str, Any]]:
+    given = Path(options.run or "")
+    if not given.is_dir():
+        raise InputError(
+            f"'{options.run}' is not a folder.", "Give a run folder of `loku unlearn`, or an adapter folder."
+        )
+    if (given / "adapter" / "adapter_config.json").is_file():
+        return given / "adapter", read_json(given / "run.json") if (given / "run.json").is_file() else {}
+    if (given / "model").is_dir():
+        raise InputError(
+            f"'{options.run}' was run with --tune full.",
+            "Its `model` folder is the result: there is no adapter to export.",
+        )
+    if (given / "adapter_config.json").is_file():
+        record = given.parent / "run.json"
+        return given, read_json(record) if record.is_file() else {}
+    raise InputError(f"'{options.run}' holds no adapter.", "Give a run folder that finished, or an adapter folder.")
+
+
+def _output(options: ExportOptions) -> Path:
+    if not options.output:
+        raise InputError("--output is missing.", "Give a new folder to write.")
+    output = Path(options.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(
+            f"--output '{options.output}' is not empty.", "Choose a new folder: nothing there is overwritten."
+        )
+    return output
+
+
+def _results(options: ExportOptions) -> dict[str, Any] | None:
+    file = Path(options.run or "") / "results.json"
+    found: dict[str, Any] | None = read_json(file) if file.is_file() else None
+    return found
+
+
+def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:
+    base = load_model(base_name, dtype=options.dtype, device="cpu", trust_remote_code=options.trust_remote_code)
+    known = set(base.state_dict())
+    unknown = [name for name in lora.A if f"{name}.weight" not in known]
+    if unknown:
+        raise InputError(
+            f"The adapter changes '{unknown[0]}', which '{base_name}' does not have.",
+            "Give the base model that the adapter was trained on with --model.",
+        )
+    save_merged(base, lora, output)
+    tokenizer = load_tokenizer(base_name, trust_remote_code=options.trust_remote_code)
+    tokenizer.save_pretrained(output)
+    template = Path(base_name) / "prompt_template.json"
+    if template.is_file():
+        (output / template.name).write_bytes(template.read_bytes())
+    stored = str(base.dtype).removeprefix("torch.")
+    del base
+    console.print(f"merged model written to {output} in {stored}")
+    if options.rescore:
+        from loku.assessment import rescore_merged
+
+        rescore_merged(output, options)

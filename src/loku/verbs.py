@@ -1,0 +1,130 @@
+"""What each verb of the command line does: load what the options name, call the library, print the outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.table import Table
+
+from loku.config import (
+    DemoOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FinetuneOptions,
+    ImportanceOptions,
+    ReportOptions,
+    UnlearnOptions,
+)
+from loku.errors import InputError
+from loku.methods import METHODS
+from loku.progress import console
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def methods(_: None = None) -> None:
+    """List every method: family, needs, cost, when to use it."""
+    table = Table("method", "family", "needs", "cost", "when", "source", box=None, pad_edge=False)
+    for name, method in METHODS.items():
+        table.add_row(name, method.family, method.needs, method.cost, method.when, method.source)
+    console.print(table)
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Train a target or a retain-only model."""
+    from loku.finetune import finetune as run
+
+    run(options)
+
+
+def unlearn(options: UnlearnOptions) -> None:
+    """Do the main job, from loading to the report."""
+    import dataclasses
+
+    from loku.assessment import assess, load_assessment_rows
+    from loku.data.prompts import resolve_template
+    from loku.models import check_model_source, load_config, load_model, load_tokenizer
+    from loku.runs import RunFolder
+    from loku.unlearn import load_rows, prepare, print_plan, run_job
+
+    check_model_source(options.model)
+    assert options.model is not None
+    run = RunFolder.check(options.output, options.as_dict())
+    if run.finished:
+        console.print(f"{run.path} is finished: nothing to do. Its report is {run.path / 'report.html'}.")
+        return
+    forget, retain = load_rows(options)
+    extra = load_assessment_rows(options)
+    load_config(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    resolve_template(tokenizer, options.model, options.prompt_template)
+    dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
+    model = load_model(options.model, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code)
+    job = prepare(model, tokenizer, forget, retain, options)
+    print_plan(job, run, options)
+    result = run_job(job, run, dataclasses.replace(options))
+    assess(result, job, run, options, extra)
+
+
+def importance(options: ImportanceOptions) -> None:
+    """Estimate Fisher importance and write it to a file."""
+    from loku.adapters.layers import target_layers
+    from loku.models import load_model, load_tokenizer, weights_sha256
+    from loku.unlearn import importance_provenance, load_rows, measure_importance, prepare
+
+    if not options.output:
+        raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
+    settings = UnlearnOptions(
+        **{name: value for name, value in options.as_dict().items() if name in UnlearnOptions.fields()}
+    )
+    forget, retain = load_rows(settings)
+    assert options.model is not None or load_model("")
+    tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
+    model = load_model(
+        str(options.model),
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    job = prepare(model, tokenizer, forget, retain, settings)
+    layers = target_layers(model, options.targets)
+    provenance = importance_provenance(job, options.init, options, weights_sha256(model))
+    measured = measure_importance(job, options.init, options, layers, provenance)
+    measured.save(options.output)
+    console.print(f"importance of {len(measured.layers)} layers written to {options.output}")
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure a model or adapter, or official TOFU logs."""
+    from loku.assessment import evaluate_from_options, evaluate_logs_from_options
+
+    outcome = evaluate_logs_from_options(options) if options.from_logs else evaluate_from_options(options)
+    if options.json:
+        json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+
+
+def export(options: ExportOptions) -> None:
+    """Write an ordinary LoRA, a truncated one, or a merged model."""
+    from loku.release import export as run
+
+    run(options)
+
+
+def report(options: ReportOptions) -> None:
+    """Write one run, or several side by side, as HTML."""
+    from loku.report.html import write_report
+
+    folders = [Path(folder) for folder in options.folders]
+    output = Path(options.output) if options.output else folders[0] / "report.html"
+    console.print(f"report written to {write_report(folders, output, title=options.title)}")
+
+
+def demo(options: DemoOptions) -> None:
+    """Run the offline tour."""
+    from loku.demo import demo as run
+
+    run(options)
