@@ -85,8 +85,8 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     if (
-        int in accepted
-        and isinstance(value, bool)
+        (int in accepted
+        and isinstance(value, bool))
         or not isinstance(value, tuple(typing.get_origin(a) or a for a in accepted))
     ):
         names = " or ".join("nothing" if a is type(None) else getattr(a, "__name__", str(a)) for a in accepted)

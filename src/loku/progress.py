@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
+progress_console = Console(stderr=True, highlight=False)  # standard output is for results
 
 Update = Callable[[int, int, str], None]
 
@@ -19,9 +20,9 @@ QUIET_INTERVAL = 10.0  # seconds between lines where no live bar is possible
 @contextmanager
 def progress(title: str) -> Iterator[Update]:
     """Show a task's progress. The update function takes (done, total, note)."""
-    if console.is_terminal:
+    if progress_console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=progress_console) as bar:
             task = bar.add_task(title, total=None, note="")
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
         return
@@ -31,6 +32,6 @@ def progress(title: str) -> Iterator[Update]:
         nonlocal last
         if done == total or time.monotonic() - last >= QUIET_INTERVAL:
             last = time.monotonic()
-            console.print(f"{title} {done}/{total} {note}".rstrip())
+            progress_console.print(f"{title} {done}/{total} {note}".rstrip())
 
     yield update

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from loku.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,147 @@ class Record:
     def is_text(self) -> bool:
         """Whether the row is running text, without a question."""
         return self.text is not None
+
+
+FORMATS = "question/answer, prompt/completion, text, or messages"
+REQUIRED = ("question", "answer", "prompt", "completion", "text", "messages")
+OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
+
+
+def parse_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Record]:
+    """Return rows of any supported format as records; `source` names them in errors.
+
+    Columns beyond those of the format are ignored. Raises InputError for an empty source, missing or misspelt
+    columns, empty or non-text values, and rows of different formats.
+    """
+    records: list[Record] = []
+    first_format = None
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"{source}: row {index} is not an object with columns.", f"Give rows of {FORMATS}.")
+        kind = _format(row, index, source)
+        first_format = first_format or kind
+        if kind != first_format:
+            raise InputError(
+                f"{source}: row {index} is {kind}, but the rows before it are {first_format}.",
+                "Give one format per source.",
+            )
+        records.append(_PARSERS[kind](row, index, source))
+    if not records:
+        raise InputError(f"{source} holds no rows.", f"Give at least one row of {FORMATS}.")
+    return records
+
+
+def _format(row: Mapping[str, Any], index: int, source: str) -> str:
+    columns = {name for name, value in row.items() if value is not None}
+    for kind in _PARSERS:
+        if set(kind.split("/")) <= columns:
+            return kind
+    for column in sorted(columns, key=str):
+        near = difflib.get_close_matches(str(column).lower(), REQUIRED, n=1, cutoff=0.7)
+        if near and column not in REQUIRED:
+            raise InputError(
+                f"{source}: row {index} has the column '{column}', which is not known.",
+                f"Did you mean '{near[0]}'? Rows are {FORMATS}.",
+            )
+    listed = ", ".join(sorted(map(str, columns))) or "none"
+    raise InputError(
+        f"{source}: row {index} has no supported format (its columns: {listed}).",
+        f"Name the columns {FORMATS}.",
+    )
+
+
+def _text(row: Mapping[str, Any], column: str, index: int, source: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise InputError(
+            f"{source}: row {index} has {type(value).__name__} in '{column}', not text.", "Give text in every row."
+        )
+    if not value.strip():
+        raise InputError(f"{source}: row {index} has an empty '{column}'.", "Fill it in, or leave the row out.")
+    return value
+
+
+def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for column in OPTIONAL:
+        value = row.get(column)
+        if value is None:
+            continue
+        if column == "perturbed_answer":
+            answers = [value] if isinstance(value, str) else value
+            if not isinstance(answers, Sequence) or not all(isinstance(answer, str) for answer in answers):
+                raise InputError(
+                    f"{source}: row {index} has something else than texts in 'perturbed_answer'.",
+                    "Give a list of texts.",
+                )
+            found["perturbed_answers"] = tuple(answers)
+        else:
+            found[column] = _text(row, column, index, source)
+    return found
+
+
+def _parse_qa(row: Mapping[str, Any], index: int, source: str) -> Record:
+    question, answer = _text(row, "question", index, source), _text(row, "answer", index, source)
+    return Record(index, question, answer, **_optional(row, index, source))
+
+
+def _parse_completion(row: Mapping[str, Any], index: int, source: str) -> Record:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        prompt, completion = _text(row, "prompt", index, source), _text(row, "completion", index, source)
+        return Record(index, prompt, completion, verbatim=True, **_optional(row, index, source))
+    turns = _turns(prompt, index, source) + _turns(completion, index, source)
+    return _conversation(turns, row, index, source)
+
+
+def _parse_messages(row: Mapping[str, Any], index: int, source: str) -> Record:
+    return _conversation(_turns(row["messages"], index, source), row, index, source)
+
+
+def _conversation(turns: tuple[tuple[str, str], ...], row: Mapping[str, Any], index: int, source: str) -> Record:
+    if not any(role == "assistant" for role, _ in turns):
+        raise InputError(
+            f"{source}: row {index} has no assistant turn.", "Give one: it is what is learnt or forgotten."
+        )
+    return Record(index, messages=turns, **_optional(row, index, source))
+
+
+def _turns(value: Any, index: int, source: str) -> tuple[tuple[str, str], ...]:
+    remedy = "Give a list of objects with 'role' and 'content'."
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise InputError(f"{source}: row {index} has no list of messages.", remedy)
+    for turn in value:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise InputError(f"{source}: row {index} has a message without role or content.", remedy)
+    return tuple((turn["role"], turn["content"]) for turn in value)
+
+
+def _parse_text(row: Mapping[str, Any], index: int, source: str) -> Record:
+    return Record(index, text=_text(row, "text", index, source))
+
+
+_PARSERS: dict[str, Callable[[Mapping[str, Any], int, str], Record]] = {
+    "question/answer": _parse_qa,
+    "prompt/completion": _parse_completion,
+    "messages": _parse_messages,
+    "text": _parse_text,
+}
+
+
+def content(record: Record) -> str:
+    """Return what a record says, lower-cased and with single blanks: two rows that say the same are the same."""
+    parts = [record.question, record.answer, record.text, *(text for _, text in record.messages)]
+    return " \n ".join(" ".join(part.lower().split()) for part in parts if part)
+
+
+def check_disjoint(forget: Iterable[Record], retain: Iterable[Record]) -> None:
+    """Raise InputError when a forget row also stands in the retain set. The error names rows, never their text."""
+    kept = {content(record): record.index for record in retain}
+    shared = [(record.index, kept[content(record)]) for record in forget if content(record) in kept]
+    if shared:
+        shown = ", ".join(f"{a} (retain row {b})" for a, b in shared[:5]) + (", ..." if len(shared) > 5 else "")
+        raise InputError(
+            f"{len(shared)} forget rows also stand in the retain set: forget row {shown}.",
+            "Take them out of the retain rows: what must go cannot also stay.",
+        )

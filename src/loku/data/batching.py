@@ -1,0 +1,81 @@
+"""Batches: dynamic padding, and forget rows paired with retain rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from loku.data.encoding import IGNORE, Example
+
+
+def pad_batch(examples: Sequence[Example], pad_id: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
+    """Pad examples to the longest of them. The mask comes from lengths, so padding may share an id with text."""
+    longest = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        fill = [[value] * (longest - len(row)) for row in rows]
+        pairs = zip(rows, fill, strict=True)
+        return torch.tensor([row + more if side == "right" else more + row for row, more in pairs])
+
+    return {
+        "input_ids": padded([example.input_ids for example in examples], pad_id),
+        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": padded([example.labels for example in examples], IGNORE),
+    }
+
+
+class PairedDataset(Dataset[dict[str, Any]]):
+    """Forget examples, each with a retain partner.
+
+    Partners come from an endless stream of seeded permutations of the retain examples, position epoch * len + i for
+    item i: every retain example is used before any repeats, and nothing depends on the order of access.
+    """
+
+    def __init__(self, forget: list[Example], retain: list[Example] | None, seed: int = 0) -> None:
+        self.forget = forget
+        self.retain = retain
+        self.seed = seed
+        self.epoch = 0
+        self._permutations: dict[int, list[int]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move on to the partners of an epoch."""
+        self.epoch = epoch
+        self._permutations.clear()
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        partner = None
+        if self.retain:
+            cycle, place = divmod(self.epoch * len(self) + item, len(self.retain))
+            partner = self.retain[self._permutation(cycle)[place]]
+        return {"forget": self.forget[item], "retain": partner, "position": item}
+
+    def _permutation(self, cycle: int) -> list[int]:
+        if cycle not in self._permutations:
+            assert self.retain is not None
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + cycle)
+            self._permutations[cycle] = torch.randperm(len(self.retain), generator=generator).tolist()
+        return self._permutations[cycle]
+
+
+class PairedCollator:
+    """Pads the two halves of each item on their own: {"forget": ..., "retain": ...}, the latter only when there."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        forget = pad_batch([item["forget"] for item in items], self.pad_id)
+        forget["index"] = torch.tensor([item["forget"].index for item in items])
+        forget["position"] = torch.tensor([item["position"] for item in items])
+        batch = {"forget": forget}
+        if items[0]["retain"] is not None:
+            batch["retain"] = pad_batch([item["retain"] for item in items], self.pad_id)
+        return batch

@@ -1,0 +1,203 @@
+"""Rows from wherever they are: files, dataset folders, the hub, benchmarks by name, or memory."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loku.data.records import Record, parse_rows
+from loku.errors import InputError
+from loku.files import sha256_json
+
+BENCHMARKS = {"tofu": "locuslab/TOFU"}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?$")
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records with their name, where they came from, and a hash of the rows they were made of."""
+
+    name: str
+    records: tuple[Record, ...]
+    sha256: str
+    origin: str  # "file", "folder", "hub" or "memory"
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __getitem__(self, item: int) -> Record:
+        return self.records[item]
+
+
+def load_records(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    option: str = "--forget",
+    data_dir: str | Path | None = None,
+) -> RecordSet:
+    """Load rows as records.
+
+    `source` is one of: a file (.jsonl, .json, .csv, .parquet; .gz on any but the last), a folder written by
+    `datasets.save_to_disk`, a hub id `owner/name[/config][:split]`, a benchmark such as `tofu/forget10` (from
+    `data_dir`, by default $LOKU_DATA_DIR, else from the hub), or rows in memory. A trailing `[start:stop]` selects
+    rows; records keep their index in the whole source.
+
+    Raises InputError when nothing usable is found; `option` names the source in errors.
+    """
+    if not isinstance(source, str | Path):
+        return _record_set(list(source), "rows in memory", option, "memory", 0)
+    name, start, stop = _slice(str(source), option)
+    rows, origin = _rows(name, option, data_dir or os.environ.get("LOKU_DATA_DIR"))
+    if start or stop is not None:
+        rows = rows[start:stop]
+        if not rows:
+            raise InputError(f"{option} '{source}' selects no rows.", "Give a slice [start:stop] inside the source.")
+    return _record_set(rows, str(source), option, origin, start)
+
+
+def _record_set(rows: list[Any], name: str, option: str, origin: str, offset: int) -> RecordSet:
+    records = parse_rows(rows, f"{option} '{name}'" if origin != "memory" else f"{option} ({name})")
+    if offset:
+        import dataclasses
+
+        records = [dataclasses.replace(record, index=record.index + offset) for record in records]
+    return RecordSet(name, tuple(records), sha256_json([dict(row) for row in rows]), origin)
+
+
+def _slice(source: str, option: str) -> tuple[str, int, int | None]:
+    match = SLICE.match(source)
+    if match is None:
+        return source, 0, None
+    return match["name"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+
+
+def _rows(name: str, option: str, data_dir: str | Path | None) -> tuple[list[Any], str]:
+    path = Path(name)
+    if path.is_file():
+        return _read_file(path, option), "file"
+    if path.is_dir():
+        return _read_folder(path, option), "folder"
+    benchmark, _, config = name.partition("/")
+    if benchmark in BENCHMARKS and config:
+        if data_dir is not None:
+            for suffix in SUFFIXES:
+                file = Path(data_dir) / benchmark / f"{config}{suffix}"
+                if file.is_file():
+                    return _read_file(file, option), "file"
+        return _read_hub(BENCHMARKS[benchmark], config, "train", option, name), "hub"
+    if _names_a_file(name) or not HUB_ID.match(name):
+        raise InputError(f"{option} '{name}' does not exist.", _near_files(path))
+    dataset, _, split = name.partition(":")
+    owner, repository, *rest = dataset.split("/")
+    return _read_hub(f"{owner}/{repository}", rest[0] if rest else None, split or "train", option, name), "hub"
+
+
+def _names_a_file(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.removesuffix(".gz").endswith(SUFFIXES) or "\\" in name
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"There is no folder '{path.parent}' either: check the path."
+    names = [entry.name for entry in path.parent.iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(repr(name) for name in near)} in the same folder?"
+    return "Give a file (.jsonl, .json, .csv, .parquet), a dataset folder, a hub id owner/name, or tofu/forget10."
+
+
+def _read_file(path: Path, option: str) -> list[Any]:
+    if path.stat().st_size == 0:
+        raise InputError(f"{option} '{path}' is empty.", "Give a file with rows.")
+    name = path.name.removesuffix(".gz").lower()
+    if name.endswith(".parquet"):
+        return _read_parquet(path, option)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} '{path}' cannot be read: {error}.", "Give a whole file in UTF-8.") from error
+    if name.endswith(".csv"):
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    if name.endswith((".jsonl", ".json")):
+        return _parse_json(text, path, option)
+    raise InputError(f"{option} '{path}' has no known ending.", f"Give one of {', '.join(SUFFIXES)}.")
+
+
+def _parse_json(text: str, path: Path, option: str) -> list[Any]:
+    """Parse a JSON array, or JSON lines split on newlines only (other separators may stand inside texts)."""
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{option} '{path}' is not JSON: {error}.", "Mend the file.") from error
+        return list(rows)
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"{option} '{path}': line {number} is not JSON ({error}).",
+                "Write one JSON object a line, or one array.",
+            ) from error
+    return rows
+
+
+def _read_parquet(path: Path, option: str) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise InputError(f"{option} '{path}' is not a Parquet file: {error}", "Give a whole Parquet file.") from error
+    return rows
+
+
+def _read_folder(path: Path, option: str) -> list[Any]:
+    import datasets
+
+    if not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):
+        raise InputError(
+            f"{option} '{path}' is a folder without a dataset.",
+            "Give a folder written by datasets' save_to_disk, or a file inside it.",
+        )
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        raise InputError(
+            f"{option} '{path}' holds several splits ({', '.join(loaded)}).",
+            f"Give one of them: '{path}/{next(iter(loaded))}'.",
+        )
+    return list(loaded)
+
+
+def _read_hub(dataset: str, config: str | None, split: str, option: str, name: str) -> list[Any]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(dataset, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # datasets and huggingface_hub raise subclasses of these for a missing dataset, config, split or network
+        raise InputError(
+            f"{option} '{name}' cannot be loaded from the hub: {str(error).splitlines()[0] if str(error) else error!r}",
+            "Check the name and the connection; or set LOKU_DATA_DIR (or --data-dir) to a folder that holds "
+            f"'{name}.json', or give a local file.",
+        ) from error
+    return list(loaded)
