@@ -48,7 +48,7 @@ def test_help_shows_every_option_with_its_default(capsys):
         (["unlearn", "--forgt", "x"], "'--forgt' is not an option of `loku unlearn`.", "Did you mean '--forget'?"),
         (["unlearn", "--ran", "4"], "'--ran' is not an option of `loku unlearn`.", "Did you mean '--rank'?"),
         (["methods", "--x"], "'--x' is not an option of `loku methods`.", "Valid names are: --help."),
-        (["unlearn", "--epochs", "many"], "argument --epochs: invalid float value: 'many'", "See `loku unlearn --help`."),
+        (["unlearn", "--epochs", "x"], "argument --epochs: invalid float value: 'x'", "See `loku unlearn --help`."),
         (["unlearn", "--forget-loss", "ilh"], "--forget-loss 'ilh' is not known.", "Did you mean 'ihl'?"),
         (["unlearn", "--rank", "0"], "--rank 0 is too small.", "Give at least 1."),
         (["unlearn", "--learning-rate", "-1"], "--learning-rate -1.0 is too small.", "Give at least 0."),

@@ -24,7 +24,7 @@ from loku.progress import console, progress
 from loku.report.card import write_model_card
 from loku.report.html import write_report
 from loku.runs import RunFolder
-from loku.unlearn import Job, UnlearnResult
+from loku.unlearning import Job, UnlearnResult
 
 # What the summary table shows: heading, set, metric.
 COLUMNS = (
@@ -85,6 +85,8 @@ def assess(
         result.adapter,
         run=run.record,
         results=measured["unlearned"].to_json() if measured else None,
+        target=measured["target"].to_json() if "target" in measured else None,
+        retain_only=measured["retain_only"].to_json() if "retain_only" in measured else None,
         kind="model" if options.tune == "full" else "adapter",
         base_model=options.model or "unknown",
     )
@@ -127,7 +129,7 @@ def _measure(
                 **more,
             )
 
-    base = options.model or "in memory"
+    base, digest = options.model or "in memory", run.record["model"]["sha256"]
     if options.tune == "lora":
         with target_model(result.model):
             measured["target"] = measure(
@@ -137,7 +139,7 @@ def _measure(
         target = load_model(
             options.model, dtype="float32", device=options.device, trust_remote_code=options.trust_remote_code
         )
-        measured["target"] = measure("target", target, model_name=base, model_sha256=run.record["model"]["sha256"])
+        measured["target"] = measure("target", target, model_name=base, model_sha256=digest)
         del target
     if rows.retain_only is not None:
         measured["retain_only"] = rows.retain_only
@@ -183,7 +185,7 @@ def _shown(value: float | None) -> str:
 
 
 def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
-    """Run `loku evaluate` on a model: measure, write results.json, print the figures. Returns results.json's content."""
+    """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json."""
     check_model_source(options.model)
     if options.retain_logs:
         raise InputError("--retain-logs was given without --from-logs.", "Use --reference for a model's reference.")
@@ -253,7 +255,7 @@ def _run_suite(
             )
         forget = own["forget"]
         assert forget is not None
-        rest = {name: found for name, found in own.items() if name != "forget"}
+        rest: dict[str, Any] = {name: found for name, found in own.items() if name != "forget"}
         return evaluate_own(
             model,
             tokenizer,
@@ -269,7 +271,7 @@ def _run_suite(
 def evaluate_logs_from_options(options: EvaluateOptions) -> dict[str, Any]:
     """Run `loku evaluate --from-logs`: figures of official TOFU logs, no model needed."""
     assert options.from_logs is not None
-    outcome = evaluate_logs(options.from_logs, options.retain_logs)
+    outcome = evaluate_logs(options.from_logs, retain_logs=options.retain_logs)
     for warning in outcome.get("warnings", []):
         print(f"warning: {warning}", file=sys.stderr)
     if not options.json:

@@ -82,7 +82,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
 
 
 def _positional(cls: type[Options] | None) -> str:
-    return {None: "", ReportOptions: "folder ... ", ExportOptions: "run "}.get(cls, "[recipe.yaml] ")
+    names: dict[type[Options], str] = {ReportOptions: "folder ... ", ExportOptions: "run "}
+    return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
 
 def build_parser() -> Parser:

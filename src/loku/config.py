@@ -28,7 +28,7 @@ def option(
     source: str | None = None,
     least: float | None = None,
 ) -> Any:
-    """Define an option: its default, its help text, its valid names or smallest value, and where the default is from."""
+    """Define an option: default, help text, valid names or smallest value, and where the default is from."""
     return field(default=default, metadata={"help": help, "choices": choices, "source": source, "least": least})
 
 
@@ -67,7 +67,7 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options with their values, in the order of their definition."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
 
 
 def flag(name: str) -> str:
@@ -84,10 +84,8 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if (
-        (int in accepted
-        and isinstance(value, bool))
-        or not isinstance(value, tuple(typing.get_origin(a) or a for a in accepted))
+    if (int in accepted and isinstance(value, bool)) or not isinstance(
+        value, tuple(typing.get_origin(a) or a for a in accepted)
     ):
         names = " or ".join("nothing" if a is type(None) else getattr(a, "__name__", str(a)) for a in accepted)
         raise InputError(f"{where} gives {value!r} for '{name}'.", f"'{name}' takes {names}.")
@@ -299,7 +297,7 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
         if name not in hints:
             raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, hints))
     settings: dict[str, Any] = {}
-    name = flags.get("method", recipe.get("method"))
-    if "method" in hints and name in METHODS:
-        settings = dict(METHODS[name].settings)
+    method = flags.get("method", recipe.get("method"))
+    if "method" in hints and method in METHODS:
+        settings = dict(METHODS[method].settings)
     return cls.from_mapping(settings | recipe | flags, where=where)

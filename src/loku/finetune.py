@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
 )
 
@@ -83,6 +84,7 @@ def train_model(
             data_collator=lambda batch: pad_batch(batch, pad_id),
             callbacks=[MetricsLog(run.metrics), TrainingProgress(update)],
         )
+        trainer.remove_callback(PrinterCallback)
         with run.timed("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()

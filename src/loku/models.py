@@ -130,7 +130,7 @@ def weights_sha256(model: nn.Module) -> str:
     """Return a SHA-256 over all weights: names, types, shapes and bytes, independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        stored = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{stored.dtype}|{tuple(stored.shape)}|".encode())
+        digest.update(stored.view(torch.uint8).numpy().tobytes() if stored.numel() else b"")
     return digest.hexdigest()

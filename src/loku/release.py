@@ -12,9 +12,9 @@ from loku.files import read_json
 from loku.models import load_model, load_tokenizer
 from loku.progress import console
 from loku.report.card import write_model_card
+from loku.report.words import release_note
 
 SERVING_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
-REMOVABLE = "An adapter can be removed: what is released to outsiders is the merged model."
 
 
 def export(options: ExportOptions) -> Path:
@@ -35,7 +35,6 @@ def export(options: ExportOptions) -> Path:
         raise InputError("--rank is missing.", f"Give the rank to keep, below {lora.rank}.")
     if options.form != "truncated" and options.rank is not None:
         raise InputError(f"--rank {options.rank} is of no use with --form {options.form}.", "Add --form truncated.")
-    results = _results(options)
     if options.form == "merged":
         if not base_name or base_name == "in memory":
             raise InputError("The base model is not known.", "Give it with --model.")
@@ -52,11 +51,13 @@ def export(options: ExportOptions) -> Path:
         lora.save(output, base_model=base_name)
         serving = next((rank for rank in SERVING_RANKS if rank >= lora.rank), None)
         console.print(f"ordinary LoRA of rank {lora.rank} written to {output} (vLLM: --max-lora-rank {serving})")
-        console.print(REMOVABLE)
+        console.print(release_note(run))
     write_model_card(
         output,
         run=run,
-        results=results,
+        results=_results(options, "results.json"),
+        target=_results(options, "results.target.json"),
+        retain_only=_results(options, "results.retain_only.json"),
         kind="merged" if options.form == "merged" else "adapter",
         base_model=str(base_name or "unknown"),
     )
@@ -93,8 +94,8 @@ def _output(options: ExportOptions) -> Path:
     return output
 
 
-def _results(options: ExportOptions) -> dict[str, Any] | None:
-    file = Path(options.run or "") / "results.json"
+def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
+    file = Path(options.run or "") / name
     found: dict[str, Any] | None = read_json(file) if file.is_file() else None
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -135,6 +136,7 @@ class MetricsLog(TrainerCallback):
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Write one line."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         line = {"step": state.global_step} | {k: (v if _finite(v) else None) for k, v in logs.items()}
@@ -143,7 +145,7 @@ class MetricsLog(TrainerCallback):
 
 
 def _finite(value: Any) -> bool:
-    return not isinstance(value, float) or (value == value and abs(value) != float("inf"))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def versions() -> dict[str, str]:

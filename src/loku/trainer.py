@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loku.adapters.anchor import restore, save_checkpoint, target_model
 from loku.data.batching import PairedCollator, PairedDataset, pad_batch
@@ -67,7 +67,8 @@ class UnlearnTrainer(Trainer):
                 "Pass reference=reference_logprobs(model, forget, pad_id=...), computed before training.",
             )
         self.reference = reference
-        dataset = PairedDataset(list(forget), list(retain) if self.weights[1] else None, seed=args.seed)
+        partners = list(retain) if retain is not None and self.weights[1] else None
+        dataset = PairedDataset(list(forget), partners, seed=args.seed)
         self._sums = {
             "forget_loss": torch.zeros((), device=args.device),
             "retain_loss": torch.zeros((), device=args.device),
@@ -81,6 +82,7 @@ class UnlearnTrainer(Trainer):
             callbacks=[_Epochs(dataset), _Guard(self, max_loss), *(callbacks or [])],
         )
         self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Count what the two losses average over, in all micro-batches of the step and all processes."""
@@ -303,6 +305,7 @@ class TrainingProgress(TrainerCallback):
         self.update = update
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Show the latest losses."""
         if logs and "loss" in logs:
             shown = [
                 f"{name.split('_')[0]} {logs[name]:.3f}" for name in ("forget_loss", "retain_loss") if name in logs

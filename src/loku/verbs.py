@@ -48,7 +48,7 @@ def unlearn(options: UnlearnOptions) -> None:
     from loku.data.prompts import resolve_template
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
     from loku.runs import RunFolder
-    from loku.unlearn import load_rows, prepare, print_plan, run_job
+    from loku.unlearning import load_rows, prepare, print_plan, run_job
 
     check_model_source(options.model)
     assert options.model is not None
@@ -73,7 +73,7 @@ def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
     from loku.models import load_model, load_tokenizer, weights_sha256
-    from loku.unlearn import importance_provenance, load_rows, measure_importance, prepare
+    from loku.unlearning import importance_provenance, load_rows, measure_importance, prepare
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")

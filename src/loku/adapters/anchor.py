@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loku.adapters.initialisers import Factors
-from loku.adapters.layers import is_transposed, shortest_targets
+from loku.adapters.layers import Layers, is_transposed, shortest_targets
 from loku.errors import InputError
 
 TRAINED = "default"
@@ -31,7 +31,7 @@ ANCHOR = "anchor"
 
 def attach(
     model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
+    layers: Layers,
     factors: Mapping[str, Factors],
     *,
     rank: int,

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loku.adapters.layers import weight
+from loku.adapters.layers import Layers, weight
 from loku.data.batching import pad_batch
 from loku.data.encoding import Example
 from loku.errors import DivergenceError, InputError
@@ -63,7 +63,8 @@ class Importance:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: three vectors a layer, the rest as JSON in the metadata. Atomic."""
-        tensors, numbers = {}, {}
+        tensors: dict[str, Tensor] = {}
+        numbers = {}
         for name, layer in self.layers.items():
             tensors |= {
                 f"{name}.relative": layer.relative,
@@ -111,7 +112,7 @@ def sample_retain(retain: Sequence[Example], forget: Sequence[Example], mode: Mo
 
 def estimate_importance(
     model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
+    layers: Layers,
     forget: Sequence[Example],
     retain: Sequence[Example],
     *,
@@ -214,9 +215,7 @@ class _Recorder:
     every example (`per_example`) or every batch.
     """
 
-    def __init__(
-        self, layers: Mapping[str, nn.Module], per_example: bool, consume: Callable[[str, Tensor], Any]
-    ) -> None:
+    def __init__(self, layers: Layers, per_example: bool, consume: Callable[[str, Tensor], Any]) -> None:
         self.layers = layers
         self.per_example = per_example
         self.consume = consume

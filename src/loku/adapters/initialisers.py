@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from loku.adapters.importance import Importance
-from loku.adapters.layers import as_float32, weight
+from loku.adapters.layers import Layers, as_float32, weight
 from loku.errors import InputError, suggestion
 
 EXACT_LIMIT = 2048  # the smaller side of a weight up to which the full SVD is affordable
@@ -132,7 +131,7 @@ INITIALISERS = ("fila", "fila-official", "lora")
 
 
 def initial_factors(
-    layers: Mapping[str, nn.Module],
+    layers: Layers,
     init: str,
     *,
     rank: int,

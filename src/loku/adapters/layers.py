@@ -14,20 +14,22 @@ from loku.errors import InputError, suggestion
 
 ALL_LINEAR = "all-linear"
 
+# GPT-2's Conv1D counts as linear too: it has the same attributes, with the weight transposed.
+Layers = Mapping[str, nn.Linear]
 
-def is_transposed(layer: nn.Module) -> bool:
+
+def is_transposed(layer: nn.Linear) -> bool:
     """Whether the layer stores its weight as (in, out): GPT-2's Conv1D."""
     return isinstance(layer, Conv1D)
 
 
-def weight(layer: nn.Module) -> Float[Tensor, "out in"]:
+def weight(layer: nn.Linear) -> Float[Tensor, "out in"]:
     """Return the layer's weight as (out, in), a view without gradient."""
     stored = layer.weight.detach()
-    assert isinstance(stored, Tensor)
     return stored.T if is_transposed(layer) else stored
 
 
-def target_layers(model: PreTrainedModel, targets: str = ALL_LINEAR) -> dict[str, nn.Module]:
+def target_layers(model: PreTrainedModel, targets: str = ALL_LINEAR) -> dict[str, nn.Linear]:
     """Return the layers to adapt, by full name, in the model's order.
 
     `targets` is "all-linear" (every linear layer but the output head) or a comma-separated list of layer names such
@@ -51,7 +53,7 @@ def target_layers(model: PreTrainedModel, targets: str = ALL_LINEAR) -> dict[str
         chosen = _matching(linear, [part.strip() for part in targets.split(",")], head_name=_name_of(model, head))
     for name, layer in chosen.items():
         stored = layer.weight
-        if not (isinstance(stored, Tensor) and stored.is_floating_point()):
+        if not stored.is_floating_point():
             raise InputError(
                 f"The layer '{name}' of this model is quantised ({type(layer).__name__}).",
                 "Load the model in floating point (bfloat16 or float32): importance and FILA need the real weights.",
@@ -59,7 +61,7 @@ def target_layers(model: PreTrainedModel, targets: str = ALL_LINEAR) -> dict[str
     return chosen
 
 
-def _matching(linear: Mapping[str, nn.Module], parts: list[str], head_name: str | None) -> dict[str, nn.Module]:
+def _matching(linear: Layers, parts: list[str], head_name: str | None) -> dict[str, nn.Linear]:
     valid = sorted({name.rsplit(".", 1)[-1] for name in linear})
     for part in parts:
         if head_name is not None and _matches(head_name, part):
@@ -80,7 +82,7 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
-def shortest_targets(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> list[str]:
+def shortest_targets(model: PreTrainedModel, layers: Layers) -> list[str]:
     """Return the shortest list of PEFT `target_modules` that selects exactly these layers.
 
     Last name parts ("q_proj") where they are unambiguous, full names otherwise.
@@ -90,7 +92,7 @@ def shortest_targets(model: PreTrainedModel, layers: Mapping[str, nn.Module]) ->
     return short if selected == set(layers) else sorted(layers)
 
 
-def check_rank(layers: Mapping[str, nn.Module], rank: int) -> None:
+def check_rank(layers: Layers, rank: int) -> None:
     """Raise InputError when the rank exceeds what some layer's weight can have."""
     if rank < 1:
         raise InputError(f"--rank {rank} is not positive.", "Give a rank of at least 1; 16 is a good start.")

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loku.adapters.anchor import attach
 from loku.adapters.export import portable_lora
-from loku.adapters.importance import Importance, estimate_importance, sample_retain
+from loku.adapters.importance import Importance, Mode, estimate_importance, sample_retain
 from loku.adapters.initialisers import Factors, initial_factors
-from loku.adapters.layers import check_rank, parameter_share, target_layers
+from loku.adapters.layers import Layers, check_rank, parameter_share, target_layers
 from loku.config import UnlearnOptions
 from loku.data.encoding import EncodedSet, Encoder
 from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template, save_template
@@ -102,8 +102,8 @@ def load_rows(options: UnlearnOptions) -> tuple[RecordSet, RecordSet | str | Non
         raise InputError("--forget is missing.", "Give the rows that must go: a file, a dataset folder or a hub id.")
     forget = load_records(options.forget, option="--forget", data_dir=options.data_dir)
     retain: RecordSet | str | None = options.retain
-    if retain and retain != SELF:
-        retain = load_records(retain, option="--retain", data_dir=options.data_dir)
+    if options.retain and options.retain != SELF:
+        retain = load_records(options.retain, option="--retain", data_dir=options.data_dir)
     return forget, retain
 
 
@@ -187,9 +187,7 @@ def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -
     return model
 
 
-def _importance(
-    job: Job, run: RunFolder, options: UnlearnOptions, layers: Mapping[str, nn.Module], model_hash: str
-) -> Importance:
+def _importance(job: Job, run: RunFolder, options: UnlearnOptions, layers: Layers, model_hash: str) -> Importance:
     """Return the importance: from the file when nothing changed, else estimated and saved."""
     assert job.encoded_retain is not None
     path = Path(options.importance) if options.importance else run.path / "importance.safetensors"
@@ -210,12 +208,10 @@ def _importance(
     return importance
 
 
-def measure_importance(
-    job: Job, init: str, options: Any, layers: Mapping[str, nn.Module], provenance: Mapping[str, Any]
-) -> Importance:
+def measure_importance(job: Job, init: str, options: Any, layers: Layers, provenance: Mapping[str, Any]) -> Importance:
     """Estimate the Fisher importance of a job's rows, showing progress."""
     assert job.encoded_retain is not None
-    mode = "official" if init == "fila-official" else "default"
+    mode: Mode = "official" if init == "fila-official" else "default"
     retain = sample_retain(job.encoded_retain.examples, job.encoded_forget.examples, mode, options.seed)
     with progress("importance") as update:
         return estimate_importance(
@@ -388,10 +384,10 @@ def print_plan(job: Job, run: RunFolder, options: UnlearnOptions) -> None:
         what = f"all {parameters:,} weights"
     else:
         layers = target_layers(job.model, options.targets)
-        trained = sum(options.rank * sum(layer.weight.shape) for layer in layers.values())
+        trained = options.rank * sum(sum(layer.weight.shape) for layer in layers.values())
         what = (
-            f"LoRA rank {options.rank}, alpha {options.lora_alpha:g}, started by {options.init}, on {len(layers)} layers: "
-            f"{trained:,} weights ({trained / parameters:.2%} of the model)"
+            f"LoRA rank {options.rank}, alpha {options.lora_alpha:g}, started by {options.init}, "
+            f"on {len(layers)} layers: {trained:,} weights ({trained / parameters:.2%} of the model)"
         )
     console.print(f"[bold]loku unlearn[/bold] {options.model} -> {run.path}")
     for name, records, encoded in (
@@ -403,8 +399,8 @@ def print_plan(job: Job, run: RunFolder, options: UnlearnOptions) -> None:
             continue
         counts = encoded.counts
         console.print(
-            f"  {name}: {counts.rows} rows, {counts.sequences} sequences, {counts.supervised_tokens:,} supervised tokens"
-            f" ({counts.truncated} truncated, {counts.windows_cut} cut into windows)"
+            f"  {name}: {counts.rows} rows, {counts.sequences} sequences, {counts.supervised_tokens:,} supervised "
+            f"tokens ({counts.truncated} truncated, {counts.windows_cut} cut into windows)"
         )
     console.print(
         f"  loss: {options.forget_weight:g} x {options.forget_loss} + {options.retain_weight:g} x {options.retain_loss}"

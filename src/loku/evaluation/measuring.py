@@ -1,0 +1,270 @@
+"""Measures sets of rows: one scoring pass and one generation pass over all of them, then numbers for every row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from loku.data.encoding import Encoder, Example
+from loku.data.records import Record
+from loku.evaluation import metrics
+from loku.evaluation.generation import BATCH_ROWS, Generation, generate
+from loku.evaluation.metrics import Interval
+from loku.evaluation.modes import end_ids
+from loku.evaluation.results import SetResults
+from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, score
+
+Progress = Callable[[int, int, str], None]
+
+TEXT_NEW_TOKENS = 50  # generated from the first half of a window of running text
+LEAST_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Limits and batch sizes. `max_length` counts prompt and answer, `max_new_tokens` the answer; None: no such limit.
+
+    With `fit_answers` an answer may also not be longer than twice the longest reference answer plus 8 tokens.
+    """
+
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    fit_answers: bool = False
+    batch_tokens: int = BATCH_TOKENS
+    batch_rows: int = BATCH_ROWS
+
+
+@dataclass
+class Measured:
+    """What was measured on one row: scores of each window of its answer and of the other answers, and generations."""
+
+    record: Record
+    question: str
+    references: list[str]
+    answer: list[SequenceScore] = field(default_factory=list)
+    paraphrased: SequenceScore | None = None
+    perturbed: list[SequenceScore] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    asked_otherwise: Generation | None = None
+
+    def numbers(self, *, normalised: bool = False) -> dict[str, float]:
+        """Return the row's numbers; what does not exist for it is absent. Windows of running text are averaged.
+
+        `normalised` gives the probability among the answer and the perturbed ones.
+        """
+        nll, tokens = sum(part.nll for part in self.answer), sum(part.tokens for part in self.answer)
+        hits = np.concatenate([part.answer_hits for part in self.answer])
+        false = [part.mean_nll for part in self.perturbed]
+        paraphrased = nll / tokens if self.paraphrased is None else self.paraphrased.mean_nll
+        values = {
+            "probability": metrics.normalised_probability(nll / tokens, false)
+            if normalised
+            else float(metrics.probability(nll / tokens)),
+            "nll": nll / tokens,
+            "tokens": tokens,
+            "min_k": metrics.min_k(np.concatenate([part.logprobs for part in self.answer])),
+            "truth_ratio": metrics.truth_ratio(paraphrased, false),
+            "truth_ratio_arithmetic": metrics.truth_ratio(paraphrased, false, arithmetic=True),
+            "exact_memorisation": metrics.exact_memorisation(hits),
+            "extraction_strength": _mean([metrics.extraction_strength(part.answer_hits) for part in self.answer]),
+            "predictive_entropy": sum(part.entropy * part.tokens for part in self.answer) / tokens,
+            "repetition": _mean([metrics.repetition(item.ids) for item in self.generations]),
+            "token_entropy": _mean([metrics.token_entropy(item.ids) for item in self.generations]),
+        }
+        if self.record.is_text:
+            pairs = list(zip(self.generations, self.references, strict=True))
+            values["rougeL_recall"] = _mean([metrics.rougeL_recall(item.text, text) for item, text in pairs])
+            values["exact_match"] = _mean([metrics.exact_match(item.text, [text]) for item, text in pairs])
+        elif self.generations:
+            said = self.generations[0].text
+            values["rougeL_recall"] = metrics.rougeL_recall(said, self.references[0])
+            values["exact_match"] = metrics.exact_match(said, self.references)
+        if self.asked_otherwise is not None:
+            values["paraphrase_exact_match"] = metrics.exact_match(self.asked_otherwise.text, self.references)
+        kept = {name: value for name, value in values.items() if math.isfinite(value)}
+        return {"index": self.record.index} | kept
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else float("nan")
+
+
+@dataclass
+class _Work:
+    """What is still to be run: examples to score and prompts to continue, each with the place its result goes to."""
+
+    examples: list[Example] = field(default_factory=list)
+    scored: list[Callable[[SequenceScore], None]] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    limits: list[int | None] = field(default_factory=list)
+    generated: list[Callable[[Generation], None]] = field(default_factory=list)
+
+    def score(self, example: Example, place: Callable[[SequenceScore], None]) -> None:
+        self.examples.append(example)
+        self.scored.append(place)
+
+    def ask(self, prompt: Sequence[int], place: Callable[[Generation], None], limit: int | None = None) -> None:
+        self.prompts.append(list(prompt))
+        self.limits.append(limit)
+        self.generated.append(place)
+
+
+def measure(
+    model: nn.Module,
+    tokenizer: Any,
+    encoder: Encoder,
+    sets: Mapping[str, Sequence[Record]],
+    *,
+    effort: Effort,
+    progress: Progress | None = None,
+) -> dict[str, list[Measured]]:
+    """Measure the rows of several sets together, so that batches are full whatever the sets' sizes."""
+    work = _Work()
+    longest = 0
+    measured: dict[str, list[Measured]] = {}
+    for name, records in sets.items():
+        measured[name] = []
+        for record in records:
+            row, length = _plan(work, encoder, tokenizer, record)
+            measured[name].append(row)
+            longest = max(longest, length)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    total = len(work.examples) + len(work.prompts)
+    done = 0
+
+    def advance(count: int, note: str) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total, note)
+
+    scores = score(
+        model,
+        work.examples,
+        pad_id=pad_id,
+        eos_ids=end_ids(model, tokenizer),
+        batch_tokens=effort.batch_tokens,
+        progress=lambda count: advance(count, "scoring"),
+    )
+    for place, result in zip(work.scored, scores, strict=True):
+        place(result)
+    answers = generate(
+        model,
+        tokenizer,
+        work.prompts,
+        max_length=effort.max_length,
+        max_new_tokens=_new_tokens(work.limits, effort, longest),
+        batch_rows=effort.batch_rows,
+        progress=lambda count: advance(count, "generating"),
+    )
+    for put, answer in zip(work.generated, answers, strict=True):
+        put(answer)
+    return measured
+
+
+def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> list[int] | None:
+    """Return how many tokens each prompt may be continued by, or None when only the total length is limited."""
+    common = effort.max_new_tokens
+    if common is None and effort.fit_answers:
+        common = max(LEAST_NEW_TOKENS, 2 * longest + 8)
+    if common is None and effort.max_length is not None:
+        common = effort.max_length
+    if common is None:
+        raise ValueError("measure got no limit for answers: give max_length, max_new_tokens or fit_answers")
+    return [common if limit is None else min(limit, common) for limit in limits]
+
+
+def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record) -> tuple[Measured, int]:
+    """Put a row's work on the list; return the row and the tokens of its longest reference answer."""
+    examples = encoder.encode(record)
+    if record.is_text:
+        return _plan_text(work, examples, tokenizer, record), 0
+    question, answer = question_and_answer(record)
+    references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
+    row = Measured(record, question, references)
+    for example in examples:
+        work.score(example, row.answer.append)
+    encoded = list(examples)
+    if record.perturbed_answers:
+        if record.paraphrased_answer is not None:
+            encoded.append(encoder.encode_answer(record, record.paraphrased_answer))
+            work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
+        for false in record.perturbed_answers:
+            work.score(encoder.encode_answer(record, false), row.perturbed.append)
+    work.ask(examples[0].input_ids[: examples[0].generation_length], row.generations.append)
+    if record.paraphrased_question is not None:
+        other = encoder.encode_answer(record, answer, question=record.paraphrased_question)
+        work.ask(other.input_ids[: other.generation_length], lambda found: setattr(row, "asked_otherwise", found))
+    return row, max(len(example.input_ids) - example.generation_length for example in encoded)
+
+
+def _plan_text(work: _Work, examples: Sequence[Example], tokenizer: Any, record: Record) -> Measured:
+    """Running text: every window is scored whole, and continued from its first half by at most 50 tokens."""
+    references = []
+    prompts = []
+    for example in examples:
+        half = max(1, len(example.input_ids) // 2)
+        limit = max(1, min(TEXT_NEW_TOKENS, len(example.input_ids) - half))
+        prompts.append((example.input_ids[:half], limit))
+        rest = example.input_ids[half : half + limit]
+        references.append(tokenizer.decode(rest, skip_special_tokens=True).strip())
+    question = tokenizer.decode(prompts[0][0], skip_special_tokens=True).strip()
+    row = Measured(record, question, references)
+    for example, (prompt, limit) in zip(examples, prompts, strict=True):
+        work.score(example, row.answer.append)
+        work.ask(prompt, row.generations.append, limit)
+    return row
+
+
+def question_and_answer(record: Record) -> tuple[str, str]:
+    """Return what is asked and the right answer; of a conversation, the turns before the last assistant turn and it."""
+    if not record.messages:
+        return record.question or "", record.answer or ""
+    place = max(
+        (i for i, (role, _) in enumerate(record.messages) if role == "assistant"), default=len(record.messages) - 1
+    )
+    asked = "\n".join(content for role, content in record.messages[:place] if role != "system")
+    return asked, record.messages[place][1]
+
+
+def set_results(
+    rows: Sequence[Measured], *, forget: bool = False, normalised: bool = False, seed: int = 42
+) -> SetResults:
+    """Return a set's results: means with bootstrap intervals over rows, and the rows' own numbers.
+
+    `truth_ratio` is averaged as min(R, 1/R) on the forget set and as max(0, 1 - R) elsewhere; `perplexity` is
+    exp(Σ NLL / Σ tokens) over all rows.
+    """
+    per_example = [row.numbers(normalised=normalised) for row in rows]
+    found: dict[str, Interval] = {}
+    for name in dict.fromkeys(name for numbers in per_example for name in numbers):
+        if name in ("index", "nll", "tokens", "min_k"):
+            continue
+        values = np.array([numbers[name] for numbers in per_example if name in numbers])
+        if name.startswith("truth_ratio"):
+            values = metrics.forget_truth_ratio(values) if forget else metrics.utility_truth_ratio(values)
+        found[name] = metrics.bootstrap(values, seed=seed)
+    tokens = np.array([numbers["tokens"] for numbers in per_example])
+    nlls = np.array([numbers["nll"] for numbers in per_example]) * tokens
+    found["perplexity"] = Interval(*metrics.perplexity(metrics.bootstrap(nlls, weights=tokens, seed=seed)).tolist())
+    return SetResults(len(rows), found, per_example)
+
+
+def texts(name: str, rows: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Return the rows' texts for examples.jsonl; of running text, the first window."""
+    return [
+        {
+            "set": name,
+            "index": row.record.index,
+            "question": row.question,
+            "answer": row.references[0],
+            "generation": row.generations[0].text,
+        }
+        for row in rows
+    ]

@@ -1,0 +1,112 @@
+"""The suite for rows of one's own: every metric that the rows allow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from loku.data.sources import RecordSet
+from loku.evaluation import metrics
+from loku.evaluation.assembly import Template, conclude, evaluate_prepared, prepare, utility_parts
+from loku.evaluation.measuring import Effort, Progress
+from loku.evaluation.reference import Reference
+from loku.evaluation.results import Results, SetResults
+
+UTILITY_SETS = ("retain", "general")
+
+
+def evaluate_own(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    forget: RecordSet,
+    retain: RecordSet | None = None,
+    holdout: RecordSet | None = None,
+    general: RecordSet | None = None,
+    max_rows: int | None = None,
+    template: Template | None = None,
+    max_length: int = 500,
+    max_new_tokens: int | None = None,
+    batch_tokens: int = Effort.batch_tokens,
+    batch_rows: int = Effort.batch_rows,
+    keep_text: bool = False,
+    reference: str | Path | Results | Reference | None = None,
+    target: str | Path | Results | None = None,
+    seed: int = 42,
+    model_name: str | None = None,
+    model_sha256: str | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Measure a model on rows of any format: what it still knows, what it kept, and how it speaks.
+
+    Every set has probability exp(-mean NLL per token), perplexity exp(Σ NLL / Σ tokens), ROUGE-L recall and exact
+    match of the greedy answer (exact match also accepts `paraphrased_answer`), exact memorisation and extraction
+    strength (teacher-forced, answer tokens without the end of sequence), and how answers are made: `repetition`
+    (share of repeated 4-grams of generated tokens), `token_entropy` (bits, of the generated answer's own token
+    frequencies) and `predictive_entropy` (nats, of the model's distribution at the right answer's tokens).
+
+    More appears when the data exist: truth ratios with `perturbed_answer`; `paraphrase_exact_match` with
+    `paraphrased_question`; `mia_auc` (by loss) and `mia_auc_min_k` (by Min-40 %) with a holdout set, and `priv_leak`
+    with a reference that has the latter; `forget_quality` with a reference and perturbed answers. `model_utility` is
+    the harmonic mean, over the retain and general sets, of probability, ROUGE-L recall and max(0, 1 - R).
+
+    A row of running text is scored whole, window by window; its prompt is the first half of the window, of which at
+    most 50 tokens of the continuation are generated and compared. Other answers may be as long as `max_new_tokens`, by
+    default max(16, 2 x the longest reference answer + 8) tokens.
+
+    Raises InputError for empty sets and for a reference measured on other forget rows.
+    """
+    given = {"forget": forget, "retain": retain, "general": general, "holdout": holdout}
+    prepared = prepare(
+        {name: found for name, found in given.items() if found is not None},
+        max_rows=max_rows,
+        reference=reference,
+        target=target,
+    )
+    results = evaluate_prepared(
+        model,
+        tokenizer,
+        prepared,
+        suite="own",
+        template=template,
+        max_length=max_length,
+        effort=Effort(None, max_new_tokens, fit_answers=True, batch_tokens=batch_tokens, batch_rows=batch_rows),
+        settings={"max_rows": max_rows, "max_new_tokens": max_new_tokens},
+        keep_text=keep_text,
+        seed=seed,
+        model_name=model_name,
+        model_sha256=model_sha256,
+        progress=progress,
+    )
+    parts = utility_parts(results.sets, UTILITY_SETS)
+    if parts:
+        results.summary["model_utility"] = metrics.harmonic_mean(parts)
+        results.summary["model_utility_arithmetic"] = metrics.harmonic_mean(
+            utility_parts(results.sets, UTILITY_SETS, arithmetic=True)
+        )
+    if "retain" in results.sets:
+        results.summary["retain_perplexity"] = results.sets["retain"].metrics["perplexity"].mean
+    if "holdout" in results.sets:
+        results.summary |= membership(results.sets["forget"], results.sets["holdout"], prepared.reference)
+    return conclude(results, prepared)
+
+
+def membership(forget: SetResults, holdout: SetResults, reference: Reference | None = None) -> dict[str, float]:
+    """Return the AUCs of telling forget rows from holdout rows and, with a reference, MUSE's PrivLeak in per cent."""
+    found = {
+        name: metrics.membership_auc(_column(forget, score), _column(holdout, score))
+        for name, score in (("mia_auc", "nll"), ("mia_auc_min_k", "min_k"))
+    }
+    theirs = None if reference is None else reference.summary_value("mia_auc_min_k")
+    if theirs is not None:
+        leak = metrics.priv_leak(found["mia_auc_min_k"], theirs)
+        if np.isfinite(leak):
+            found["priv_leak"] = leak
+    return found
+
+
+def _column(found: SetResults, name: str) -> list[float]:
+    return [row[name] for row in found.per_example]

@@ -1,0 +1,181 @@
+"""The verdict: a level, a sentence, and what both rest on. It never claims more than its reference allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loku.evaluation.reference import Reference
+from loku.evaluation.results import Results
+
+# Thresholds. The first is the usual one for forget quality (Maini et al. 2024); the others are our own, and coarse on
+# purpose: a verdict should not turn on the second decimal.
+KS_LEVEL = 0.05  # from this p-value on, the truth ratios are not told apart
+UTILITY_KEPT = 0.9  # share of the target's utility that "indistinguishable" needs
+UTILITY_COLLAPSED = 0.5  # below this share of it a model is damaged, whatever it forgot
+SUPPRESSED_SHARE = 0.8  # share of the target's forget scores that suppressed ones stay below
+SUPPRESSED_LEVEL = 0.5  # the same without a target: probability and ROUGE-L recall stay below
+REPETITION_EXCESS = 0.2  # repeated 4-grams beyond the comparison model's that count as broken fluency
+ENTROPY_SHARE = 0.5  # below this share of the comparison model's token entropy fluency counts as broken
+FEW_ROWS = 100  # below this number of forget rows a KS test has little power
+
+NOT_MEASURED = "indistinguishability not measured"
+FORGET_SCORES = {"probability": "answer probability", "rougeL_recall": "ROUGE-L recall"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said about a model, in one word (or two), in sentences, and on which evidence."""
+
+    level: str
+    sentence: str
+    rests_on: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the verdict as it stands in a results file."""
+        return {"level": self.level, "sentence": self.sentence, "rests_on": self.rests_on}
+
+
+def verdict(unlearned: Results, *, target: Results | None = None, reference: Reference | None = None) -> Verdict | None:
+    """Judge an unlearned model against the retain-only reference, or against the target where there is none.
+
+    With forget quality against a reference: "indistinguishable" (KS p >= 0.05, utility at least 90 % of the target's,
+    or of the reference's where the target is unknown, and fluent answers), "distinguishable" or "damaged". Without
+    one: "suppressed", whose sentence says that indistinguishability was not measured, "not suppressed" or "damaged".
+    None when no forget set was measured.
+    """
+    if "forget" not in unlearned.sets:
+        return None
+    measured = reference is not None and "forget_quality" in unlearned.summary
+    rests_on = _rests_on(target, reference if measured else None)
+    harm = _damage(unlearned, target, reference)
+    if harm:
+        ending = "" if measured else f" {NOT_MEASURED.capitalize()}."
+        return Verdict(
+            "damaged",
+            f"The model is damaged: {harm}. Low scores on the forget set say nothing about forgetting then.{ending}",
+            rests_on,
+        )
+    if measured and reference is not None:
+        return _against_reference(unlearned, target, reference, rests_on)
+    return _without_reference(unlearned, target, rests_on)
+
+
+def _against_reference(unlearned: Results, target: Results | None, reference: Reference, rests_on: str) -> Verdict:
+    quality, rows = unlearned.summary["forget_quality"], int(unlearned.summary["forget_quality_rows"])
+    name = f"the retain-only model '{reference.name}'"
+    share, whose = _utility_share(unlearned, target, reference)
+    if share is None:
+        return Verdict(
+            "undecided",
+            f"Compared with {name}, but utility was not measured, and forget quality without utility says nothing: a "
+            "broken model would pass too. Evaluate retain data as well.",
+            rests_on,
+        )
+    test = f"forget quality p = {quality:.2g} on {rows} forget rows, utility {share:.0%} of {whose}"
+    few = f" {rows} rows are few: weak evidence." if rows < FEW_ROWS else ""
+    if quality < KS_LEVEL:
+        return Verdict(
+            "distinguishable", f"The model can be told from {name} ({test}).{_side(unlearned, reference)}", rests_on
+        )
+    if share < UTILITY_KEPT:
+        return Verdict(
+            "distinguishable",
+            f"The truth ratios on the forget set cannot be told from those of {name}, but the model lost too much of "
+            f"what had to stay ({test}).{few}",
+            rests_on,
+        )
+    return Verdict(
+        "indistinguishable", f"On the forget set the model cannot be told from {name} ({test}).{few}", rests_on
+    )
+
+
+def _side(unlearned: Results, reference: Reference) -> str:
+    """Say on which side of the reference the model lies."""
+    ours = unlearned.sets["forget"].metrics.get("probability")
+    theirs = reference.results.sets["forget"].metrics.get("probability") if reference.results else None
+    if ours is None or theirs is None or not (ours.low > theirs.high or ours.high < theirs.low):
+        return ""
+    if ours.mean > theirs.mean:
+        return " It still finds the forgotten answers more likely than a model that never saw them."
+    return " It finds the forgotten answers less likely than a model that never saw them, which betrays a removal."
+
+
+def _without_reference(unlearned: Results, target: Results | None, rests_on: str) -> Verdict:
+    if target is None or "forget" not in target.sets:
+        return _by_level(unlearned, rests_on)
+    changes, fallen = [], []
+    for metric, name in FORGET_SCORES.items():
+        before, after = (results.sets["forget"].metrics.get(metric) for results in (target, unlearned))
+        if before is not None and after is not None:
+            changes.append(f"{name} {before.mean:.2f} before, {after.mean:.2f} after")
+            fallen.append(after.high < before.low and after.mean <= SUPPRESSED_SHARE * before.mean)
+    detail = "; ".join(changes) or "no common score"
+    if fallen and all(fallen):
+        return Verdict("suppressed", f"The forget set is suppressed; {NOT_MEASURED} ({detail}).", rests_on)
+    return Verdict(
+        "not suppressed",
+        f"The forget set is not suppressed: its scores did not fall clearly below the target's ({detail}); "
+        f"{NOT_MEASURED}.",
+        rests_on,
+    )
+
+
+def _by_level(unlearned: Results, rests_on: str) -> Verdict:
+    scores = {name: unlearned.mean("forget", metric) for metric, name in FORGET_SCORES.items()}
+    known = {name: value for name, value in scores.items() if value is not None}
+    detail = ", ".join(f"{name} {value:.2f}" for name, value in known.items()) or "no score"
+    note = "The model before unlearning was not measured either, so this rests on the level of the scores alone."
+    if known and all(value < SUPPRESSED_LEVEL for value in known.values()):
+        return Verdict("suppressed", f"The forget set is suppressed; {NOT_MEASURED} ({detail}). {note}", rests_on)
+    return Verdict(
+        "not suppressed",
+        f"The forget set is not suppressed: not every score lies below {SUPPRESSED_LEVEL} ({detail}); "
+        f"{NOT_MEASURED}. {note}",
+        rests_on,
+    )
+
+
+def _rests_on(target: Results | None, reference: Reference | None) -> str:
+    parts = []
+    if reference is not None:
+        parts.append(f"the retain-only model '{reference.name}' (sha256 {reference.sha256[:12]})")
+    if target is not None:
+        parts.append(f"the target '{target.model.get('name')}' before unlearning")
+    if reference is None:
+        parts.append("no retain-only reference")
+    return ", ".join(parts)
+
+
+def _utility_share(unlearned: Results, target: Results | None, reference: Reference | None) -> tuple[float | None, str]:
+    """Return the unlearned model's utility as a share of the target's, or else of the reference's."""
+    ours = unlearned.summary.get("model_utility")
+    owners: tuple[tuple[Mapping[str, float], str], ...] = (
+        (target.summary if target else {}, "the target's"),
+        ((reference.summary or {}) if reference else {}, "the retain-only model's"),
+    )
+    for summary, whose in owners:
+        theirs = summary.get("model_utility")
+        if ours is not None and theirs:
+            return ours / theirs, whose
+    return None, ""
+
+
+def _damage(unlearned: Results, target: Results | None, reference: Reference | None) -> str:
+    """Say what is broken, or return an empty string."""
+    reasons = []
+    share, whose = _utility_share(unlearned, target, reference)
+    if share is not None and share < UTILITY_COLLAPSED:
+        reasons.append(f"its utility is {share:.0%} of {whose}")
+    healthy = (reference.results if reference else None) or target
+    whom = "the retain-only model's" if reference and reference.results else "the target's"
+    if healthy is not None:
+        ours, theirs = unlearned.mean("forget", "repetition"), healthy.mean("forget", "repetition")
+        if ours is not None and theirs is not None and ours > theirs + REPETITION_EXCESS:
+            counts = f"{ours:.0%} of 4-grams, {theirs:.0%} in {whom}"
+            reasons.append(f"its answers to the forget questions repeat themselves ({counts})")
+        ours, theirs = unlearned.mean("forget", "token_entropy"), healthy.mean("forget", "token_entropy")
+        if ours is not None and theirs is not None and ours < ENTROPY_SHARE * theirs:
+            bits = f"{ours:.1f} bits of token entropy, {theirs:.1f} in {whom}"
+            reasons.append(f"its answers to the forget questions are empty or monotonous ({bits})")
+    return "; ".join(reasons)

@@ -1,0 +1,50 @@
+"""Fixtures shared by all tests: models and rows on disk, made by the project itself."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from builders import byte_level_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny Llama with its tokenizer, as a model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(count, start=0):
+    """Question and answer rows about people who do not exist."""
+    return [
+        {"question": f"Where was person {i} born?", "answer": f"In the town of {chr(65 + i % 26)}{i * 7}."}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def forget_file(tmp_path):
+    path = tmp_path / "forget.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(5)))
+    return path
+
+
+@pytest.fixture
+def retain_file(tmp_path):
+    path = tmp_path / "retain.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(8, start=20)))
+    return path

@@ -1,0 +1,309 @@
+"""The main job on real files: plan, run folder, resume after a kill, refusals, the Python API."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import loku
+from builders import byte_level_tokenizer, tiny_model
+from conftest import rows
+from loku import cli
+from loku.errors import InputError
+from loku.models import weights_sha256
+
+FAST = ["--rank", "4", "--batch-size", "2", "--grad-accum", "1", "--learning-rate", "1e-2", "--threads", "1"]
+
+
+def command(model, forget, retain, output, *more):
+    return ["unlearn", "--model", str(model), "--forget", str(forget), "--retain", str(retain), "--output", str(output), *FAST, *more]  # fmt: skip
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@torch.no_grad()
+def logits(model, seed=0):
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(seed))
+    return model.eval()(ids).logits
+
+
+def test_a_run_from_files_to_report(capsys, tmp_path, model_folder, forget_file, retain_file):
+    status, out, _ = run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "run", "--keep-text"))
+    assert status == 0
+    for told in (
+        "5 rows",
+        "8 rows",
+        "LoRA rank 4, alpha 8, started by fila",
+        "% of the model",
+        "steps: 15",
+        "1 x ihl + 1 x nll",
+    ):
+        assert told in out
+    assert "An adapter can be removed" in out
+    folder = tmp_path / "run"
+    expected = {
+        "config.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter", "importance.safetensors", "results.json",
+        "results.target.json", "examples.jsonl", "examples.target.jsonl", "report.html",
+    }  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == expected
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["steps"] == 15 == len((folder / "metrics.jsonl").read_text().splitlines())
+    assert record["model"]["sha256"] == weights_sha256(type(tiny_model()).from_pretrained(model_folder))
+    assert record["data"]["forget"]["rows"] == 5
+    assert record["adapter"]["rank"] == 8
+    assert len(record["importance"]["layers"]) == 14
+    assert {"importance", "initialisation", "training", "evaluation", "total"} <= set(record["seconds"])
+    assert yaml.safe_load((folder / "config.yaml").read_text())["forget_loss"] == "ihl"
+    base = type(tiny_model()).from_pretrained(model_folder)
+    before = logits(base)
+    plain = PeftModel.from_pretrained(base, folder / "adapter")
+    assert (logits(plain) - before).abs().max() > 1e-3
+    assert "pickle" not in str([p.suffix for p in folder.rglob("*.bin") if p.name != "training_args.bin"])
+
+
+def test_texts_are_not_kept_unless_asked_for(capsys, tmp_path, model_folder, forget_file, retain_file):
+    assert run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "run"))[0] == 0
+    folder = tmp_path / "run"
+    assert not list(folder.glob("examples*"))
+    for file in folder.rglob("*"):
+        if file.suffix in (".json", ".jsonl", ".yaml", ".html", ".md"):
+            assert "In the town of" not in file.read_text(), file
+
+
+def test_a_finished_run_is_left_alone(capsys, tmp_path, model_folder, forget_file, retain_file):
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate")
+    assert run(capsys, *arguments)[0] == 0
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "is finished: nothing to do" in out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_killed_run_resumes_exactly(tmp_path, model_folder, forget_file, retain_file, tune):
+    more = ["--no-evaluate", "--save-steps", "3", "--epochs", "40", "--tune", tune]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launch(folder):
+        arguments = command(model_folder, forget_file, retain_file, tmp_path / folder, *more)
+        return subprocess.Popen([sys.executable, "-m", "loku", *arguments], env=environment, stdout=subprocess.DEVNULL)
+
+    assert launch("whole").wait() == 0
+    killed = launch("killed")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed" / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["status"] == "running"
+    assert launch("killed").wait() == 0
+    name = "adapter/adapter_model.safetensors" if tune == "lora" else "model/model.safetensors"
+    whole, resumed = (load_file(tmp_path / folder / name) for folder in ("whole", "killed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 121))
+
+
+def test_a_half_written_checkpoint_is_ignored(capsys, tmp_path, model_folder, forget_file, retain_file):
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate")
+    assert run(capsys, *arguments)[0] == 0
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    torn = tmp_path / "run" / "checkpoints" / "checkpoint-15"
+    (torn / "trainer_state.json").unlink()
+    before = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "resumes after" in out
+    assert "importance: reused" in out
+    after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_full_tuning_writes_a_new_model_folder(capsys, tmp_path, model_folder, forget_file, retain_file):
+    digest = {p.name: p.read_bytes() for p in model_folder.iterdir()}
+    status, out, _ = run(
+        capsys, *command(model_folder, forget_file, retain_file, tmp_path / "run", "--tune", "full", "--method", "npo")
+    )
+    assert status == 0
+    assert "all 41,120 weights" in out
+    model = type(tiny_model()).from_pretrained(tmp_path / "run" / "model")
+    assert (logits(model) - logits(type(model).from_pretrained(model_folder))).abs().max() > 1e-3
+    assert (tmp_path / "run" / "model" / "tokenizer.json").is_file()
+    assert (tmp_path / "run" / "results.target.json").is_file()
+    assert {p.name: p.read_bytes() for p in model_folder.iterdir()} == digest
+
+
+def test_retain_self_samples_from_the_model(capsys, tmp_path, model_folder, forget_file):
+    arguments = command(
+        model_folder, forget_file, "self", tmp_path / "run", "--no-evaluate", "--self-rows", "6", "--self-length", "12"
+    )
+    assert run(capsys, *arguments)[0] == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["retain"]["rows"] == 6
+
+
+@pytest.mark.parametrize("method", ["ihl", "npo", "graddiff", "ga"])
+def test_every_method_runs(capsys, tmp_path, model_folder, forget_file, retain_file, method):
+    arguments = command(
+        model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate", "--method", method, "--epochs", "1"
+    )
+    assert run(capsys, *arguments)[0] == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["method"]["name"] == method
+    assert record["importance"] is None
+    assert record["adapter"]["rank"] == 4
+
+
+def test_an_importance_file_is_reused_and_checked(capsys, tmp_path, model_folder, forget_file, retain_file):
+    file = tmp_path / "importance.safetensors"
+    status, _, _ = run(
+        capsys,
+        "importance",
+        "--model",
+        model_folder,
+        "--forget",
+        forget_file,
+        "--retain",
+        retain_file,
+        "--output",
+        file,
+    )
+    assert status == 0
+    more = ("--no-evaluate", "--importance", str(file))
+    status, out, _ = run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "run", *more))
+    assert status == 0
+    assert f"importance: reused from {file}" in out
+    status, _, err = run(
+        capsys, *command(model_folder, forget_file, retain_file, tmp_path / "other", *more, "--importance-eps", "1e-5")
+    )
+    assert status == 2
+    assert "was made for something else (eps differ)" in err
+    assert "Give the file made for this model and these rows" in err
+
+
+def test_bad_input_is_refused_before_any_work(capsys, tmp_path, model_folder, forget_file, retain_file):
+    def refused(given, remedy, *arguments):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2, err
+        assert given in err
+        assert remedy in err
+        assert not (tmp_path / "run").exists()
+
+    def unlearn(**changed):
+        values = {
+            "model": model_folder,
+            "forget": forget_file,
+            "retain": retain_file,
+            "output": tmp_path / "run",
+        } | changed
+        return [
+            "unlearn",
+            *(part for k, v in values.items() if v is not None for part in (f"--{k.replace('_', '-')}", v)),
+        ]
+
+    empty, broken, columns = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl", tmp_path / "columns.jsonl"
+    empty.write_text("")
+    broken.write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    columns.write_text('{"qestion": "a", "anser": "b"}\n')
+    other, used = tmp_path / "other", tmp_path / "used"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    used.mkdir()
+    (used / "config.yaml").write_text("forget: something else\n")
+
+    refused("forget.json' does not exist.", "Did you mean 'forget.jsonl'", *unlearn(forget=tmp_path / "forget.json"))
+    refused("empty.jsonl' is empty.", "Give a file with rows.", *unlearn(forget=empty))
+    refused("line 2 is not JSON", "Write one JSON object a line", *unlearn(forget=broken))
+    refused("has the column 'anser', which is not known.", "Did you mean 'answer'?", *unlearn(forget=columns))
+    refused("--forget is missing.", "Give the rows that must go", *unlearn(forget=None))
+    refused("--retain is missing.", "`--retain self` to sample them", *unlearn(retain=None))
+    refused("5 forget rows also stand in the retain set", "Take them out", *unlearn(retain=forget_file))
+    refused("has no answer token left", "Raise --max-length", *unlearn(max_length=4))
+    refused("matches no linear layer", "Did you mean 'q_proj'?", *unlearn(targets="q_prj"))
+    refused("--rank 99 is above the size of the layer", "Choose a rank of at most 16", *unlearn(rank=99))
+    refused("is not empty and holds no run.", "Choose a new folder", *unlearn(output=other))
+    refused("holds another run", "Choose another folder", *unlearn(output=used))
+    refused("--device 'qpu' is not a device.", "Give cpu", *unlearn(device="qpu"))
+    assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_models_that_cannot_be_used_are_refused(capsys, tmp_path, model_folder, forget_file, retain_file):
+    def refused(model, given, remedy):
+        status, _, err = run(capsys, *command(model, forget_file, retain_file, tmp_path / "run"))
+        assert status == 2, err
+        assert given in err
+        assert remedy in err
+
+    def copy(name, **changes):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in model_folder.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        for file, change in changes.items():
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return folder
+
+    quantised = copy("quantised", config=lambda c: c | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    no_end = copy("no-end", tokenizer_config=lambda c: {k: v for k, v in c.items() if k != "eos_token"})
+    refused(quantised, "is quantised (bitsandbytes)", "Give the floating-point model")
+    refused(no_end, "has no end-of-sequence token.", "Set one (tokenizer.eos_token = ...)")
+    refused(tmp_path, "holds no config.json.", "Give a folder written by save_pretrained.")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    refused(tmp_path / "adapter", "is an adapter, not a model.", "Give its base model")
+    refused("nobody/nothing", "The model 'nobody/nothing' cannot be loaded", "give a local folder")
+
+
+def test_chat_rows_without_a_chat_template_are_refused(capsys, tmp_path, model_folder, retain_file):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}))
+    status, _, err = run(capsys, *command(model_folder, chat, retain_file, tmp_path / "run"))
+    assert status == 2
+    assert "the tokenizer has no chat template." in err
+    assert "Set tokenizer.chat_template" in err
+
+
+def test_the_python_api_on_a_model_in_memory(tmp_path):
+    model, tokenizer = tiny_model(), byte_level_tokenizer()
+    before, digest = logits(model), weights_sha256(model)
+    result = loku.unlearn(
+        model, tokenizer, forget=rows(4), retain=rows(6, start=10), output=tmp_path / "run", rank=4, learning_rate=1e-2
+    )
+    assert (logits(result.model) - before).abs().max() > 1e-4
+    with loku.target_model(result.model):
+        assert torch.equal(logits(result.model), before)
+    assert weights_sha256(tiny_model()) == digest
+    plain = PeftModel.from_pretrained(tiny_model(), result.adapter)
+    assert (logits(plain) - logits(result.model)).abs().max() < 1e-5
+
+
+def test_the_python_api_refuses_unknown_settings(tmp_path):
+    with pytest.raises(InputError, match=r"unlearn\(\) has the unknown option 'rnk'\.\nDid you mean 'rank'\?"):
+        loku.unlearn(tiny_model(), byte_level_tokenizer(), forget=rows(2), retain=rows(2, 9), output=tmp_path, rnk=4)
+
+
+def test_public_names_exist():
+    assert all(callable(getattr(loku, name)) for name in loku.__all__)
+    assert set(loku.__all__) == set(loku._HOMES)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        loku.nothing  # noqa: B018
