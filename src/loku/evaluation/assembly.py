@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
 from loku.data.encoding import Encoder
-from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
+from loku.data.prompts import Template, resolve_template
 from loku.data.records import Record
 from loku.data.sources import RecordSet
 from loku.errors import InputError
@@ -23,7 +23,6 @@ from loku.evaluation.reference import Reference, check_reference, load_reference
 from loku.evaluation.results import Results, SetResults, read_results
 from loku.evaluation.verdict import verdict
 
-Template: TypeAlias = TagTemplate | ChatTemplate
 PACKAGES = ("loku", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "rouge-score")
 
 
@@ -101,7 +100,7 @@ def evaluate_prepared(
 ) -> Results:
     """Measure the prepared sets. The suite adds its own summary before `conclude` gives the verdict."""
     start = time.monotonic()
-    if template is None and any(not record.is_text for rows in prepared.records.values() for record in rows):
+    if template is None:
         template = resolve_template(tokenizer, _model_folder(model))
     encoder = Encoder(tokenizer, template, max_length=max_length)
     measured = measure(model, tokenizer, encoder, prepared.records, effort=effort, progress=progress)
@@ -176,7 +175,5 @@ def _model_folder(model: nn.Module) -> str | None:
     return name if Path(name).is_dir() else None
 
 
-def _describe_template(template: Template | None) -> dict[str, Any] | None:
-    if template is None:
-        return None
+def _describe_template(template: Template) -> dict[str, Any]:
     return {"kind": type(template).__name__} | dataclasses.asdict(template)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loku.data.encoding import Encoder, Example
+from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.records import Record
 from loku.evaluation import metrics
 from loku.evaluation.generation import BATCH_ROWS, Generation, generate
@@ -131,7 +131,7 @@ def measure(
     for name, records in sets.items():
         measured[name] = []
         for record in records:
-            row, length = _plan(work, encoder, tokenizer, record)
+            row, length = _plan(work, encoder, tokenizer, record, f"--{name}")
             measured[name].append(row)
             longest = max(longest, length)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -180,9 +180,9 @@ def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> l
     return [common if limit is None else min(limit, common) for limit in limits]
 
 
-def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record) -> tuple[Measured, int]:
+def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option: str) -> tuple[Measured, int]:
     """Put a row's work on the list; return the row and the tokens of its longest reference answer."""
-    examples = encoder.encode(record)
+    examples = encoder.encode(record, option)
     if record.is_text:
         return _plan_text(work, examples, tokenizer, record), 0
     question, answer = question_and_answer(record)
@@ -197,11 +197,20 @@ def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record) -> tupl
             work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
         for false in record.perturbed_answers:
             work.score(encoder.encode_answer(record, false), row.perturbed.append)
-    work.ask(examples[0].input_ids[: examples[0].generation_length], row.generations.append)
-    if record.paraphrased_question is not None:
+    work.ask(_prompt(examples[0]), row.generations.append)
+    if record.paraphrased_question is not None and not record.messages:
         other = encoder.encode_answer(record, answer, question=record.paraphrased_question)
-        work.ask(other.input_ids[: other.generation_length], lambda found: setattr(row, "asked_otherwise", found))
-    return row, max(len(example.input_ids) - example.generation_length for example in encoded)
+        work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
+    return row, max(len(example.input_ids) - len(_prompt(example)) for example in encoded)
+
+
+def _prompt(example: Example) -> list[int]:
+    """Return what is continued: the ids before the answer; of a conversation, before its last assistant turn."""
+    start = example.generation_length
+    for place in range(start + 1, len(example.labels)):
+        if example.labels[place] != IGNORE and example.labels[place - 1] == IGNORE:
+            start = place
+    return example.input_ids[: max(1, start)]
 
 
 def _plan_text(work: _Work, examples: Sequence[Example], tokenizer: Any, record: Record) -> Measured:

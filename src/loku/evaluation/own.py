@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from loku.data.prompts import Template
 from loku.data.sources import RecordSet
 from loku.evaluation import metrics
-from loku.evaluation.assembly import Template, conclude, evaluate_prepared, prepare, utility_parts
+from loku.evaluation.assembly import conclude, evaluate_prepared, prepare, utility_parts
 from loku.evaluation.measuring import Effort, Progress
 from loku.evaluation.reference import Reference
 from loku.evaluation.results import Results, SetResults

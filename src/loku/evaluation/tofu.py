@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from loku.data.prompts import Template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError, suggestion
-from loku.evaluation.assembly import Template, conclude, evaluate_prepared, prepare, utility_parts
+from loku.evaluation.assembly import conclude, evaluate_prepared, prepare, utility_parts
 from loku.evaluation.logs import NORMALISED_SETS, UTILITY_SETS
 from loku.evaluation.measuring import Effort, Progress
 from loku.evaluation.metrics import harmonic_mean
