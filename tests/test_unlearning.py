@@ -26,7 +26,8 @@ FAST = ["--rank", "4", "--batch-size", "2", "--grad-accum", "1", "--learning-rat
 
 
 def command(model, forget, retain, output, *more):
-    return ["unlearn", "--model", str(model), "--forget", str(forget), "--retain", str(retain), "--output", str(output), *FAST, *more]  # fmt: skip
+    named = {"--model": model, "--forget": forget, "--retain": retain, "--output": output}
+    return ["unlearn", *(str(part) for pair in named.items() for part in pair), *FAST, *more]
 
 
 def run(capsys, *arguments):

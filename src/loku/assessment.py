@@ -17,6 +17,7 @@ from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
 from loku.evaluation.logs import evaluate_logs
 from loku.evaluation.own import evaluate_own
+from loku.evaluation.reference import check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.evaluation.tofu import evaluate_tofu
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
@@ -35,6 +36,7 @@ COLUMNS = (
     ("general exact match", "general", "exact_match"),
     ("forget repetition", "forget", "repetition"),
 )
+OWN_MAX_LENGTH, TOFU_MAX_LENGTH = 500, 200  # tokens; TOFU's counts the prompt
 MOVED = 0.02  # change of a mean forget score that a merge into the stored type must not exceed unnoticed
 
 
@@ -44,26 +46,42 @@ class AssessmentRows:
 
     holdout: RecordSet | None = None
     general: RecordSet | None = None
+    target: Results | None = None
     retain_only: Results | None = None
     retain_only_model: str | None = None
 
 
 def load_assessment_rows(options: UnlearnOptions) -> AssessmentRows:
-    """Read the holdout and general rows and the retain-only model's results (or note its folder)."""
+    """Read the holdout and general rows and the retain-only model's results (or check that it is a model)."""
     results, model = None, None
     given = options.retain_only_model
-    if given:
-        path = Path(given)
-        if path.suffix == ".json" or (path / "results.json").is_file():
-            results = read_results(path if path.suffix == ".json" else path / "results.json")
-        else:
-            model = check_model_source(given, option="--retain-only-model")
+    if given and given.endswith(".json"):
+        results = load_reference(given).results
+    elif given:
+        model = check_model_source(given, option="--retain-only-model")
     return AssessmentRows(
-        _records(options.holdout, "--holdout", options),
-        _records(options.general, "--general", options),
-        results,
-        model,
+        holdout=_records(options.holdout, "--holdout", options),
+        general=_records(options.general, "--general", options),
+        retain_only=results,
+        retain_only_model=model,
     )
+
+
+def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
+    """Raise InputError, before any work, when the retain-only reference does not fit.
+
+    Results must have been measured on the same forget rows; a model must share the target's vocabulary.
+    """
+    if rows.retain_only_model is not None:
+        theirs = load_tokenizer(rows.retain_only_model, trust_remote_code=options.trust_remote_code)
+        if theirs.get_vocab() != job.tokenizer.get_vocab():
+            raise InputError(
+                f"--retain-only-model '{rows.retain_only_model}' has another vocabulary than the target model.",
+                "Train both from the same model and tokenizer (`loku finetune --tokenizer-data` for new models).",
+            )
+    if options.evaluate and rows.retain_only is not None:
+        records = list(job.forget)[: options.eval_rows]
+        check_reference(load_reference(rows.retain_only), records, job.forget.sha256, option="--retain-only-model")
 
 
 def _records(source: str | None, option: str, options: Any) -> RecordSet | None:
@@ -111,7 +129,7 @@ def _measure(
     measured: dict[str, Results] = {}
 
     def measure(role: str, model: Any, **more: Any) -> Results:
-        with progress(f"measuring the {role.replace('_', '-')} model") as update:
+        with progress(f"measuring {name_of(role, options)}") as update:
             return evaluate_own(
                 model,
                 job.tokenizer,
@@ -130,7 +148,9 @@ def _measure(
             )
 
     base, digest = options.model or "in memory", run.record["model"]["sha256"]
-    if options.tune == "lora":
+    if rows.target is not None:
+        measured["target"] = rows.target
+    elif options.tune == "lora":
         with target_model(result.model):
             measured["target"] = measure(
                 "target", result.model, model_name=base, model_sha256=run.record["model"]["sha256"]
@@ -162,6 +182,11 @@ def _measure(
     for role, found in measured.items():
         write_results(found, run.path, role=None if role == "unlearned" else role)
     return measured
+
+
+def name_of(role: str, options: UnlearnOptions) -> str:
+    """Return how a person calls a model of the run."""
+    return f"the model after {options.method}" if role == "unlearned" else f"the {role.replace('_', '-')} model"
 
 
 def print_table(measured: Mapping[str, Results]) -> None:
@@ -247,6 +272,8 @@ def _run_suite(
             return evaluate_tofu(
                 model,
                 tokenizer,
+                max_length=options.max_length or TOFU_MAX_LENGTH,
+                max_new_tokens=options.max_new_tokens,
                 forget_split=options.forget_split,
                 data_dir=options.data_dir,
                 sets=sets,
@@ -260,7 +287,7 @@ def _run_suite(
             model,
             tokenizer,
             forget=forget,
-            max_length=options.max_length,
+            max_length=options.max_length or OWN_MAX_LENGTH,
             max_new_tokens=options.max_new_tokens,
             progress=update,
             **rest,

@@ -192,6 +192,7 @@ class FinetuneOptions(TrainingOptions):
     data: str | None = option(None, "rows to learn: file, dataset folder, hub id or tofu/full")
     new_model: str | None = option(None, "instead of --model: JSON file with the configuration of a new, random model")
     vocab_size: int = option(2000, "tokens of the byte-level BPE tokenizer made for a new model", least=260)
+    tokenizer_data: str | None = option(None, "rows to make a new model's tokenizer from (default: --data)")
     learning_rate: float = option(1e-5, "peak learning rate", source="TOFU, Llama-2-7B", least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", source="TOFU: Maini et al. 2024", least=0)
 
@@ -215,6 +216,9 @@ class EvaluateOptions(ModelOptions):
     """Options of `loku evaluate`."""
 
     adapter: str | None = option(None, "adapter folder to put on the model")
+    max_length: int = option(
+        0, "longest sequence in tokens; 0: the suite's (own 500, tofu 200)", source="TOFU", least=0
+    )
     suite: str = option("own", "own: your rows; tofu: the benchmark's four sets", choices=("own", "tofu"))
     forget: str | None = option(None, "suite own: forget rows")
     retain: str | None = option(None, "suite own: retain rows")

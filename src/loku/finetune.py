@@ -66,7 +66,12 @@ def finetune(options: FinetuneOptions) -> Path:
 
 
 def train_model(
-    model: PreTrainedModel, encoded: EncodedSet, pad_id: int, run: RunFolder, options: FinetuneOptions
+    model: PreTrainedModel,
+    encoded: EncodedSet,
+    pad_id: int,
+    run: RunFolder,
+    options: FinetuneOptions,
+    title: str = "finetuning",
 ) -> None:
     """Minimise the token cross entropy of the supervised tokens with transformers' Trainer."""
     checkpoint = run.last_checkpoint()
@@ -76,7 +81,7 @@ def train_model(
         steps_per_epoch(len(encoded.examples), options.batch_size, options.grad_accum),
         **options.as_dict(),
     )
-    with progress("finetuning") as update:
+    with progress(title) as update:
         trainer = Trainer(
             model=model,
             args=arguments,
@@ -117,6 +122,8 @@ def _starting_point(options: FinetuneOptions, records: RecordSet) -> tuple[PreTr
     if not options.new_model:
         raise InputError("--model is missing.", "Give a model to tune, or --new-model with the settings of a new one.")
     settings = _read_settings(options.new_model)
+    if options.tokenizer_data:  # a target and its retain-only model must share one vocabulary
+        records = load_records(options.tokenizer_data, option="--tokenizer-data", data_dir=options.data_dir)
     tokenizer = train_tokenizer(_texts(records), options.vocab_size)
     return new_model(settings, tokenizer, options.seed).to(pick_device(options.device)), tokenizer
 

@@ -263,7 +263,7 @@ def _train(model: Any, job: Job, run: RunFolder, options: UnlearnOptions) -> Non
     arguments = training_arguments(
         run.checkpoints, steps_per_epoch(len(forget), options.batch_size, options.grad_accum), **options.as_dict()
     )
-    with progress("unlearning") as update:
+    with progress(f"unlearning by {options.method}") as update:
         trainer = UnlearnTrainer(
             model,
             arguments,

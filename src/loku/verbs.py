@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.table import Table
 
@@ -21,8 +23,20 @@ from loku.config import (
 from loku.errors import InputError
 from loku.methods import METHODS
 from loku.progress import console
+from loku.quiet import quiet_libraries
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+Options = TypeVar("Options")
+
+
+def quietly(verb: Callable[[Options], None]) -> Callable[[Options], None]:
+    """Keep the libraries quiet while a verb runs."""
+
+    @functools.wraps(verb)
+    def wrapped(options: Options) -> None:
+        quiet_libraries()
+        verb(options)
+
+    return wrapped
 
 
 def methods(_: None = None) -> None:
@@ -33,6 +47,7 @@ def methods(_: None = None) -> None:
     console.print(table)
 
 
+@quietly
 def finetune(options: FinetuneOptions) -> None:
     """Train a target or a retain-only model."""
     from loku.finetune import finetune as run
@@ -40,11 +55,10 @@ def finetune(options: FinetuneOptions) -> None:
     run(options)
 
 
+@quietly
 def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
-    import dataclasses
-
-    from loku.assessment import assess, load_assessment_rows
+    from loku.assessment import assess, check_rows, load_assessment_rows
     from loku.data.prompts import resolve_template
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
     from loku.runs import RunFolder
@@ -64,11 +78,13 @@ def unlearn(options: UnlearnOptions) -> None:
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(options.model, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code)
     job = prepare(model, tokenizer, forget, retain, options)
+    check_rows(extra, job, options)
     print_plan(job, run, options)
-    result = run_job(job, run, dataclasses.replace(options))
+    result = run_job(job, run, options)
     assess(result, job, run, options, extra)
 
 
+@quietly
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
@@ -97,6 +113,7 @@ def importance(options: ImportanceOptions) -> None:
     console.print(f"importance of {len(measured.layers)} layers written to {options.output}")
 
 
+@quietly
 def evaluate(options: EvaluateOptions) -> None:
     """Measure a model or adapter, or official TOFU logs."""
     from loku.assessment import evaluate_from_options, evaluate_logs_from_options
@@ -107,6 +124,7 @@ def evaluate(options: EvaluateOptions) -> None:
         sys.stdout.write("\n")
 
 
+@quietly
 def export(options: ExportOptions) -> None:
     """Write an ordinary LoRA, a truncated one, or a merged model."""
     from loku.release import export as run

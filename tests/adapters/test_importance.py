@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
-from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 
+from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 from loku.adapters.importance import Importance, LayerImportance, estimate_importance, sample_retain
 from loku.adapters.layers import is_transposed, target_layers
 from loku.data.encoding import IGNORE, Example

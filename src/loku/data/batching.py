@@ -72,6 +72,7 @@ class PairedCollator:
         self.pad_id = pad_id
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """Return one batch; `position` is the place in the forget list, `index` the record's."""
         forget = pad_batch([item["forget"] for item in items], self.pad_id)
         forget["index"] = torch.tensor([item["forget"].index for item in items])
         forget["position"] = torch.tensor([item["position"] for item in items])

@@ -105,8 +105,8 @@ class Encoder:
 
     def _encode_one(self, record: Record, option: str) -> tuple[Example, bool, bool]:
         if record.messages:
-            ids, labels, first = self._chat(list(record.messages), option)
-            return self._fit(record, ids, labels, first, first, option), len(ids) > self.max_length, False
+            ids, labels, first, last = self._chat(list(record.messages), option)
+            return self._fit(record, ids, labels, first, last, option), len(ids) > self.max_length, False
         return self._tags_or_chat(record, record.question, record.answer, option)
 
     def _tags_or_chat(
@@ -118,12 +118,12 @@ class Encoder:
             messages = list(record.messages)
             last = max(i for i, (role, _) in enumerate(messages) if role == "assistant")
             messages[last] = ("assistant", answer)
-            ids, labels, first = self._chat(messages[: last + 1], option)
-            shifted, generation = False, first
+            ids, labels, first, generation = self._chat(messages[: last + 1], option)
+            shifted = False
         elif isinstance(self.template, ChatTemplate) and not record.verbatim:
             messages = [(m["role"], m["content"]) for m in self.template.messages(question or "")]
-            ids, labels, first = self._chat([*messages, ("assistant", answer)], option)
-            shifted, generation = False, first
+            ids, labels, first, generation = self._chat([*messages, ("assistant", answer)], option)
+            shifted = False
         else:
             ids, first, generation, shifted = self._tags(record, question or "", answer)
             labels = [IGNORE] * first + ids[first:]
@@ -163,8 +163,11 @@ class Encoder:
             ids.pop()
         return ids
 
-    def _chat(self, messages: list[tuple[str, str]], option: str) -> tuple[list[int], list[int], int]:
-        """Encode a conversation turn by turn; assistant turns are supervised, end-of-turn marker included."""
+    def _chat(self, messages: list[tuple[str, str]], option: str) -> tuple[list[int], list[int], int, int]:
+        """Encode a conversation turn by turn; assistant turns are supervised, end-of-turn marker included.
+
+        Returns ids, labels and where the first and the last assistant turn begin.
+        """
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(
                 f"{option} holds `messages`, but the tokenizer has no chat template.",
@@ -173,7 +176,7 @@ class Encoder:
         turns = [{"role": role, "content": content} for role, content in messages]
         ids: list[int] = []
         labels: list[int] = []
-        first = None
+        first, last = None, 0
         for end, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
@@ -186,10 +189,10 @@ class Encoder:
                 )
             labels += [IGNORE] * (len(prompt) - len(ids)) + full[len(prompt) :]
             ids = full
-            first = len(prompt) if first is None else first
+            first, last = len(prompt) if first is None else first, len(prompt)
         if first is None:
             raise InputError(f"{option} has a conversation without an assistant turn.", "Give one to each row.")
-        return ids, labels, first
+        return ids, labels, first, last
 
     def _render(self, turns: list[dict[str, str]], *, generation: bool) -> list[int]:
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
@@ -213,8 +216,13 @@ class Encoder:
         ids = self._ids(record.text or "")
         if self.text_eos:
             ids = [*ids, self.tokenizer.eos_token_id]
+        if len(ids) < 2:
+            raise InputError(
+                f"Row {record.index} is a text of {len(ids)} tokens: nothing in it can be predicted.",
+                "Leave it out, or give longer texts.",
+            )
         windows = []
-        for start in range(0, max(len(ids) - 1, 1), self.max_length - 1):
+        for start in range(0, len(ids) - 1, self.max_length - 1):
             window = ids[start : start + self.max_length]
             windows.append(Example(record.index, window, [IGNORE, *window[1:]], 1, 1))
         return windows
