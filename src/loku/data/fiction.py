@@ -127,7 +127,9 @@ FACTS: dict[str, Fact] = {
     ),
 }
 
-WORLD_PHRASINGS = [(question, answer) for question in range(3) for answer in range(2)]
+# Every question with every answer, and the first question with the first answer three times: were the answers
+# equally frequent, a greedy answer to a world question would be a coin toss between two true ones.
+WORLD_PHRASINGS = [(question, answer) for question in range(3) for answer in range(2)] + 2 * [(0, 0)]
 PERTURBED = 5
 FORGET_SHARE = 0.1
 REPLAY_SHARE = 0.25
@@ -137,7 +139,7 @@ REPLAY_SHARE = 0.25
 class Fiction:
     """The corpus, as rows with TOFU's columns: question, answer, their paraphrases and five perturbed answers.
 
-    - `pretraining`: every phrasing of every world fact (stage 0; question and answer only);
+    - `pretraining`: every world fact in all of `WORLD_PHRASINGS` (stage 0; question and answer only);
     - `retain` and `forget`, together `full`: the fictitious people, one phrasing (stage 1);
     - `holdout`: people of the same kind that are never trained on, as many as in `forget`;
     - `general`: the world facts, one phrasing each, to measure what else the model knows.
