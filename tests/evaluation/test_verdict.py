@@ -43,7 +43,8 @@ def test_without_a_target_utility_is_compared_with_the_reference():
     ("values", "part"),
     [
         ({"p": 0.049}, "can be told from"),
-        ({"p": 0.01, "probability": 0.9}, "more likely than a model that never saw them"),
+        ({"p": 0.01, "probability": 0.9}, "still knows more of the forget set than a model that never saw it"),
+        ({"p": 0.4, "probability": 0.9}, "but other scores can: answer probability 0.90 against 0.44"),
         ({"p": 0.01, "probability": 0.1}, "which betrays a removal"),
         ({"p": 0.4, "utility": 0.6}, "lost too much of what had to stay"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loku.evaluation.reference import Reference
 from loku.evaluation.results import Results
@@ -20,7 +21,9 @@ ENTROPY_SHARE = 0.5  # below this share of the comparison model's token entropy 
 FEW_ROWS = 100  # below this number of forget rows a KS test has little power
 
 NOT_MEASURED = "indistinguishability not measured"
+SCORE_GAP = 0.05  # difference of a forget score from the reference's that may count as none
 FORGET_SCORES = {"probability": "answer probability", "rougeL_recall": "ROUGE-L recall"}
+MEMORISATION_SCORES = {"exact_memorisation": "exact memorisation", "extraction_strength": "extraction strength"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Verdict:
 def verdict(unlearned: Results, *, target: Results | None = None, reference: Reference | None = None) -> Verdict | None:
     """Judge an unlearned model against the retain-only reference, or against the target where there is none.
 
-    With forget quality against a reference: "indistinguishable" (KS p >= 0.05, utility at least 90 % of the target's,
-    or of the reference's where the target is unknown, and fluent answers), "distinguishable" or "damaged". Without
+    With forget quality against a reference: "indistinguishable" (KS p >= 0.05, no forget score apart from the
+    reference's, utility at least 90 % of the target's, or of the reference's where the target is unknown, and fluent
+    answers), "distinguishable" or "damaged". Without
     one: "suppressed", whose sentence says that indistinguishability was not measured, "not suppressed" or "damaged".
     None when no forget set was measured.
     """
@@ -74,9 +78,15 @@ def _against_reference(unlearned: Results, target: Results | None, reference: Re
         )
     test = f"forget quality p = {quality:.2g} on {rows} forget rows, utility {share:.0%} of {whose}"
     few = f" {rows} rows are few: weak evidence." if rows < FEW_ROWS else ""
+    apart = _apart(unlearned, reference)
     if quality < KS_LEVEL:
+        return Verdict("distinguishable", f"The model can be told from {name} ({test}).{_side(apart)}", rests_on)
+    if apart:
         return Verdict(
-            "distinguishable", f"The model can be told from {name} ({test}).{_side(unlearned, reference)}", rests_on
+            "distinguishable",
+            f"The truth ratios on the forget set cannot be told from those of {name} ({test}), but other scores can: "
+            f"{'; '.join(gap.told for gap in apart)}.{_side(apart)}{few}",
+            rests_on,
         )
     if share < UTILITY_KEPT:
         return Verdict(
@@ -90,15 +100,35 @@ def _against_reference(unlearned: Results, target: Results | None, reference: Re
     )
 
 
-def _side(unlearned: Results, reference: Reference) -> str:
-    """Say on which side of the reference the model lies."""
-    ours = unlearned.sets["forget"].metrics.get("probability")
-    theirs = reference.results.sets["forget"].metrics.get("probability") if reference.results else None
-    if ours is None or theirs is None or not (ours.low > theirs.high or ours.high < theirs.low):
-        return ""
-    if ours.mean > theirs.mean:
-        return " It still finds the forgotten answers more likely than a model that never saw them."
-    return " It finds the forgotten answers less likely than a model that never saw them, which betrays a removal."
+class _Gap(NamedTuple):
+    """A forget score whose interval lies apart from the reference's, on one side of it."""
+
+    known: bool
+    told: str
+
+
+def _apart(unlearned: Results, reference: Reference) -> list[_Gap]:
+    """Return the forget scores that tell the model from the reference: intervals apart, and not by a trifle."""
+    if reference.results is None:
+        return []
+    gaps = []
+    for metric, name in (FORGET_SCORES | MEMORISATION_SCORES).items():
+        ours, theirs = (found.sets["forget"].metrics.get(metric) for found in (unlearned, reference.results))
+        if ours is None or theirs is None or abs(ours.mean - theirs.mean) <= SCORE_GAP:
+            continue
+        if ours.low > theirs.high or ours.high < theirs.low:
+            told = f"{name} {ours.mean:.2f} against {theirs.mean:.2f}"
+            gaps.append(_Gap(ours.mean > theirs.mean, told))
+    return gaps
+
+
+def _side(gaps: list[_Gap]) -> str:
+    """Say on which side of the reference the model lies, where the scores agree."""
+    if gaps and all(gap.known for gap in gaps):
+        return " It still knows more of the forget set than a model that never saw it."
+    if gaps and not any(gap.known for gap in gaps):
+        return " It knows less of the forget set than a model that never saw it, which betrays a removal."
+    return ""
 
 
 def _without_reference(unlearned: Results, target: Results | None, rests_on: str) -> Verdict:
