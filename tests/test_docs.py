@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from builders import byte_level_tokenizer, tiny_model
 
+from builders import byte_level_tokenizer, tiny_model
 from loku.cli import VERBS
 from loku.config import UnlearnOptions
 from loku.methods import METHODS
@@ -22,7 +22,7 @@ def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
     assert code
     scope = {"model": tiny_model(), "tokenizer": byte_level_tokenizer()}
     for block in code:
-        exec(block, scope)  # noqa: S102 - our own README
+        exec(block, scope)
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
 
 
