@@ -7,10 +7,13 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel
 
-from builders import byte_level_tokenizer, tiny_model
+from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 from loku.adapters.anchor import ANCHOR, attach, lora_layers
-from loku.adapters.initialisers import fila
+from loku.adapters.export import portable_lora
+from loku.adapters.importance import estimate_importance
+from loku.adapters.initialisers import fila, initial_factors
 from loku.adapters.layers import target_layers, weight
 from loku.config import UnlearnOptions
 from loku.data.encoding import IGNORE, Example
@@ -186,6 +189,21 @@ def test_an_exploding_loss_stops_the_run(tmp_path):
     run = trainer(tmp_path, retain=None, forget_loss="grad_ascent", max_loss=6.3, options=options)
     with pytest.raises(DivergenceError, match=r"exceeds --max-loss 6.3 at step \d+.*\n.*bounded loss such as ihl"):
         run.train()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_from_importance_to_export(tmp_path, architecture):
+    model = tiny_model(architecture)
+    layers = target_layers(model)
+    importance = estimate_importance(model, layers, FORGET, RETAIN, pad_id=PAD)
+    factors = initial_factors(layers, "fila", rank=4, scaling=2.0, importance=importance)
+    run = trainer(tmp_path, attach(model, layers, factors, rank=4, alpha=8.0), options={"epochs": 1.0})
+    run.train()
+    portable_lora(run.model).save(tmp_path / "adapter", base_model=None)
+    plain = PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "adapter").eval()
+    ids = torch.tensor([FORGET[0].input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, run.model.eval()(ids).logits, rtol=0, atol=2e-5)
 
 
 def test_a_full_model_trains_without_adapters(tmp_path):
