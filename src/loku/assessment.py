@@ -44,6 +44,7 @@ MOVED = 0.02  # change of a mean forget score that a merge into the stored type 
 class AssessmentRows:
     """Rows and references beyond forget and retain, read before any work starts."""
 
+    retain: RecordSet | None = None  # where other rows are to be measured than those trained on
     holdout: RecordSet | None = None
     general: RecordSet | None = None
     target: Results | None = None
@@ -134,7 +135,7 @@ def _measure(
                 model,
                 job.tokenizer,
                 forget=job.forget,
-                retain=job.retain,
+                retain=rows.retain or job.retain,
                 holdout=rows.holdout,
                 general=rows.general,
                 max_rows=options.eval_rows,

@@ -24,7 +24,6 @@ from loku.report.html import write_report
 
 MARKER = "demo.json"
 WORKERS = 2
-REPLAY = 0.12  # share of world rows among the retain rows of unlearning
 MEMORISED = 0.95  # share of forget answers that the target must give, or there is nothing to unlearn
 
 
@@ -71,9 +70,7 @@ def write_corpus(fiction: Fiction, folder: Path) -> None:
     for name in ("pretraining", "full", "forget", "retain", "general", "holdout"):
         _write_rows(folder / f"{name}.jsonl", getattr(fiction, name))
     # A little of the world among the retain rows, in other phrasings than those measured: without it, it fades.
-    _write_rows(
-        folder / "retain-mixed.jsonl", mix_replay(fiction.retain, fiction.pretraining, share=REPLAY, seed=fiction.seed)
-    )
+    _write_rows(folder / "retain-mixed.jsonl", mix_replay(fiction.retain, fiction.pretraining, seed=fiction.seed))
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -95,13 +92,13 @@ def print_outcome(folder: Path, runs: Sequence[Path]) -> None:
     from rich.table import Table
 
     columns = {
-        "forget\naccuracy": ("forget", "exact_match"),
-        "forget\nprobability": ("forget", "probability"),
+        "forget\nacc.": ("forget", "exact_match"),
+        "forget\nprob.": ("forget", "probability"),
         "truth\nratio": ("forget", "truth_ratio"),
-        "retain\naccuracy": ("retain", "exact_match"),
-        "world\naccuracy": ("general", "exact_match"),
+        "retain\nacc.": ("retain", "exact_match"),
+        "world\nacc.": ("general", "exact_match"),
     }
-    table = Table("\nmodel", *columns, "\nutility", "forget\nquality (p)", "\nverdict", box=None, pad_edge=False)
+    table = Table("\nmodel", *columns, "model\nutility", "forget\nquality", "\nverdict", box=None, pad_edge=False)
     models = {"target": folder / "target", **{run.name: run for run in runs}, "retain-only": folder / "retain-only"}
     for name, place in models.items():
         results = read_results(place / "results.json")

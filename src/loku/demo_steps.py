@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from loku.assessment import AssessmentRows, assess
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.data.encoding import Encoder
-from loku.data.fiction import fiction_model_config, fiction_tokenizer, mix_replay
+from loku.data.fiction import REPLAY_SHARE, fiction_model_config, fiction_tokenizer, mix_replay
 from loku.data.prompts import TagTemplate, save_template
 from loku.data.sources import RecordSet, load_records
 from loku.evaluation.own import evaluate_own
@@ -28,10 +29,11 @@ from loku.unlearning import prepare, run_job
 METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
 EVAL_ROWS = 96
 
-PRETRAINING = {"max_steps": 320, "learning_rate": 4e-3}
-FINETUNING = {"max_steps": 300, "learning_rate": 3e-3}
-UNLEARNING = {"max_steps": 60, "batch_size": 8, "grad_accum": 1, "warmup_steps": 5, "rank": 8, "learning_rate": 2e-3}
-LEARNING_RATES = {"loku": 1e-3}
+BATCH = 32
+PRETRAINING = {"max_steps": 300, "learning_rate": 4e-3}
+FINETUNING = {"max_steps": 260, "learning_rate": 4e-3}  # the same steps for target and retain-only
+UNLEARNING = {"max_steps": 80, "batch_size": 8, "grad_accum": 1, "warmup_steps": 5, "rank": 8, "learning_rate": 2e-3}
+LEARNING_RATES = {"loku": 1e-3}  # FILA starts from large factors: the same rate moves them further
 TEMPLATE = TagTemplate()
 
 
@@ -80,7 +82,7 @@ def _train(
 ) -> None:
     """Train on rows and write a model folder."""
     options = FinetuneOptions(
-        output=str(folder), seed=step.seed, batch_size=32, grad_accum=1, scheduler="cosine", warmup_steps=20,
+        output=str(folder), seed=step.seed, batch_size=BATCH, grad_accum=1, scheduler="cosine", warmup_steps=20,
         adam_beta2=0.95, save_steps=-1, device="cpu", **settings,
     )  # fmt: skip
     run = RunFolder.check(folder, options.as_dict())
@@ -113,7 +115,9 @@ def _finetune(step: Step, kind: str) -> None:
     """Stage 1: the fictitious people, all of them or without the forget set, with the world mixed in; then measure."""
     base = step.folder / "pretrained"
     learned = _raw(_rows(step, "full" if kind == "target" else "retain"))
-    rows = mix_replay(learned, _raw(_rows(step, "pretraining")), seed=step.seed)
+    seen = FINETUNING["max_steps"] * BATCH * (1 - REPLAY_SHARE)
+    passes = math.ceil(seen / len(learned))
+    rows = mix_replay(learned, _raw(_rows(step, "pretraining")), passes=passes, seed=step.seed)
     tokenizer = load_tokenizer(str(base))
     folder = step.folder / kind
     _train(load_model(str(base), device="cpu"), tokenizer, rows, folder, step, FINETUNING)
@@ -125,7 +129,7 @@ def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: S
         model,
         tokenizer,
         forget=_rows(step, "forget"),
-        retain=_rows(step, "retain-mixed"),
+        retain=_rows(step, "retain"),
         general=_rows(step, "general"),
         max_rows=EVAL_ROWS,
         template=TEMPLATE,
@@ -166,6 +170,7 @@ def _unlearn(step: Step, method: str) -> None:
     forget, retain = _rows(step, "forget"), _rows(step, "retain-mixed")
     job = prepare(load_model(options.model, device="cpu"), tokenizer, forget, retain, options)
     rows = AssessmentRows(
+        retain=_rows(step, "retain"),
         general=_rows(step, "general"),
         target=read_results(target / "results.json"),
         retain_only=read_results(step.folder / "retain-only" / "results.json"),

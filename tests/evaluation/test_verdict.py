@@ -59,22 +59,37 @@ def test_distinguishable(values, part):
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"utility": 0.3}, "its utility is 43% of the target's"),
         ({"repetition": 0.5}, "repeat themselves (50% of 4-grams, 2% in the retain-only model's)"),
         ({"token_entropy": 0.5}, "empty or monotonous (0.5 bits of token entropy, 4.0 in the retain-only model's)"),
     ],
 )
-def test_a_broken_model_is_damaged_whatever_its_p(values, part):
+def test_broken_answers_to_forget_questions_show_the_removal(values, part):
     found = verdict(unlearned(p=0.9, **values), target=TARGET, reference=RETAIN_ONLY)
+    assert found.level == "distinguishable"
+    assert "cannot be told by its truth ratios from" in found.sentence
+    assert f"But the removal shows: its answers to the forget questions {'are ' if 'empty' in part else ''}{part}" in (
+        found.sentence
+    )
+
+
+def test_a_broken_model_is_damaged_whatever_its_p():
+    found = verdict(unlearned(p=0.9, utility=0.3), target=TARGET, reference=RETAIN_ONLY)
     assert found.level == "damaged"
-    assert part in found.sentence
+    assert "its utility is 43% of the target's" in found.sentence
     assert "0.9" not in found.sentence
+    broken, healthy = unlearned(p=0.9), made_results("target", utility=0.7, **FLUENT)
+    broken.sets["retain"] = made_results(**(FLUENT | {"repetition": 0.6})).sets["forget"]
+    healthy.sets["retain"] = healthy.sets["forget"]
+    found = verdict(broken, target=healthy)
+    assert found.level == "damaged"
+    assert (
+        "its answers to the retain questions repeat themselves (60% of 4-grams, 2% in the target's)" in found.sentence
+    )
 
 
 def test_damage_is_seen_without_a_reference_too():
-    found = verdict(unlearned(utility=0.1, repetition=0.6), target=TARGET)
+    found = verdict(unlearned(utility=0.1), target=TARGET)
     assert found.level == "damaged"
-    assert "2% in the target's" in found.sentence
     assert found.sentence.endswith("Indistinguishability not measured.")
 
 

@@ -44,9 +44,10 @@ def verdict(unlearned: Results, *, target: Results | None = None, reference: Ref
 
     With forget quality against a reference: "indistinguishable" (KS p >= 0.05, no forget score apart from the
     reference's, utility at least 90 % of the target's, or of the reference's where the target is unknown, and fluent
-    answers), "distinguishable" or "damaged". Without
-    one: "suppressed", whose sentence says that indistinguishability was not measured, "not suppressed" or "damaged".
-    None when no forget set was measured.
+    answers), "distinguishable" or "damaged". Without one: "suppressed", whose sentence says that
+    indistinguishability was not measured, "not suppressed" or "damaged". Damaged means that what had to stay did not:
+    utility collapsed, or answers to retain questions are broken. Broken answers to forget questions alone make a
+    removal visible, and the sentence says so. None when no forget set was measured.
     """
     if "forget" not in unlearned.sets:
         return None
@@ -61,8 +62,16 @@ def verdict(unlearned: Results, *, target: Results | None = None, reference: Ref
             rests_on,
         )
     if measured and reference is not None:
-        return _against_reference(unlearned, target, reference, rests_on)
-    return _without_reference(unlearned, target, rests_on)
+        found = _against_reference(unlearned, target, reference, rests_on)
+    else:
+        found = _without_reference(unlearned, target, rests_on)
+    broken = _stammer("forget", unlearned, target, reference)
+    if not broken:
+        return found
+    level = "distinguishable" if found.level == "indistinguishable" else found.level
+    told = found.sentence.replace("cannot be told from", "cannot be told by its truth ratios from", 1)
+    told = f"{told} But the removal shows: {'; '.join(broken)}."
+    return Verdict(level, told, rests_on)
 
 
 def _against_reference(unlearned: Results, target: Results | None, reference: Reference, rests_on: str) -> Verdict:
@@ -192,20 +201,27 @@ def _utility_share(unlearned: Results, target: Results | None, reference: Refere
 
 
 def _damage(unlearned: Results, target: Results | None, reference: Reference | None) -> str:
-    """Say what is broken, or return an empty string."""
+    """Say what is broken of what had to stay, or return an empty string."""
     reasons = []
     share, whose = _utility_share(unlearned, target, reference)
     if share is not None and share < UTILITY_COLLAPSED:
         reasons.append(f"its utility is {share:.0%} of {whose}")
+    return "; ".join(reasons + _stammer("retain", unlearned, target, reference))
+
+
+def _stammer(name: str, unlearned: Results, target: Results | None, reference: Reference | None) -> list[str]:
+    """Say how answers to one set's questions are broken, beside those of a healthy model."""
     healthy = (reference.results if reference else None) or target
     whom = "the retain-only model's" if reference and reference.results else "the target's"
-    if healthy is not None:
-        ours, theirs = unlearned.mean("forget", "repetition"), healthy.mean("forget", "repetition")
-        if ours is not None and theirs is not None and ours > theirs + REPETITION_EXCESS:
-            counts = f"{ours:.0%} of 4-grams, {theirs:.0%} in {whom}"
-            reasons.append(f"its answers to the forget questions repeat themselves ({counts})")
-        ours, theirs = unlearned.mean("forget", "token_entropy"), healthy.mean("forget", "token_entropy")
-        if ours is not None and theirs is not None and ours < ENTROPY_SHARE * theirs:
-            bits = f"{ours:.1f} bits of token entropy, {theirs:.1f} in {whom}"
-            reasons.append(f"its answers to the forget questions are empty or monotonous ({bits})")
-    return "; ".join(reasons)
+    if healthy is None:
+        return []
+    reasons = []
+    ours, theirs = unlearned.mean(name, "repetition"), healthy.mean(name, "repetition")
+    if ours is not None and theirs is not None and ours > theirs + REPETITION_EXCESS:
+        counts = f"{ours:.0%} of 4-grams, {theirs:.0%} in {whom}"
+        reasons.append(f"its answers to the {name} questions repeat themselves ({counts})")
+    ours, theirs = unlearned.mean(name, "token_entropy"), healthy.mean(name, "token_entropy")
+    if ours is not None and theirs is not None and ours < ENTROPY_SHARE * theirs:
+        bits = f"{ours:.1f} bits of token entropy, {theirs:.1f} in {whom}"
+        reasons.append(f"its answers to the {name} questions are empty or monotonous ({bits})")
+    return reasons
