@@ -15,11 +15,11 @@ def positions(logits, labels):
                 yield b, torch.softmax(logits[b, t - 1].double(), dim=0), int(labels[b, t])
 
 
-def ihl(logits, labels):
+def ihl(logits, labels, stop=0.0):
     terms = []
     for _, p, y in positions(logits, labels):
-        others = [p[v] for v in range(len(p)) if v != y]
-        terms.append(1 + p[y] - torch.stack(others).max())
+        runner_up = torch.stack([p[v] for v in range(len(p)) if v != y]).max()
+        terms.append(1 + p[y] - (runner_up.detach() if p[y] < stop else runner_up))
     return sum(terms) / len(terms)
 
 
@@ -32,15 +32,110 @@ def nll(logits, labels):
     return -grad_ascent(logits, labels)
 
 
-def npo(logits, labels, reference, beta):
+def sums(logits, labels):
     totals = [torch.zeros((), dtype=torch.float64) for _ in range(labels.shape[0])]
     for b, p, y in positions(logits, labels):
         totals[b] = totals[b] + torch.log(p[y])
+    return totals
+
+
+def lengths(labels):
+    return [sum(int(label) != -100 for label in row[1:]) for row in labels]
+
+
+def log_sigmoid(x):
+    return torch.log(1 / (1 + torch.exp(-x)))
+
+
+def npo(logits, labels, reference, beta):
+    pairs = zip(sums(logits, labels), reference, strict=True)
+    terms = [-(2 / beta) * log_sigmoid(-beta * (total - ref.double())) for total, ref in pairs]
+    return sum(terms) / len(terms)
+
+
+def simnpo(logits, labels, beta, delta):
+    pairs = zip(sums(logits, labels), lengths(labels), strict=True)
+    terms = [-(2 / beta) * log_sigmoid(-beta * (total / max(n, 1e-6) + delta)) for total, n in pairs]
+    return sum(terms) / len(terms)
+
+
+def dpo(logits, labels, reference, other_logits, other_labels, other_reference, beta):
+    rows = zip(sums(logits, labels), reference, sums(other_logits, other_labels), other_reference, strict=True)
     terms = [
-        -(2 / beta) * torch.log(1 / (1 + torch.exp(beta * (total - ref.double()))))
-        for total, ref in zip(totals, reference, strict=True)
+        -(2 / beta) * log_sigmoid(beta * ((other - other_ref.double()) - (total - ref.double())))
+        for total, ref, other, other_ref in rows
     ]
     return sum(terms) / len(terms)
+
+
+def answer_preservation(logits, labels, other_logits, other_labels, beta):
+    rows = zip(sums(logits, labels), sums(other_logits, other_labels), strict=True)
+    terms = [-(1 / beta) * log_sigmoid(beta * (total - other)) for total, other in rows]
+    return sum(terms) / len(terms)
+
+
+def wga(logits, labels, beta):
+    terms = [p[y].detach() ** beta * torch.log(p[y]) for _, p, y in positions(logits, labels)]
+    return sum(terms) / len(terms)
+
+
+def satimp(logits, labels, beta1, beta2):
+    terms = [
+        p[y].detach() ** beta1 * (1 - p[y].detach()) ** beta2 * torch.log(p[y]) for _, p, y in positions(logits, labels)
+    ]
+    return sum(terms) / len(terms)
+
+
+def ce_u(logits, labels, skip_first):
+    terms, seen = [], set()
+    for b, p, y in positions(logits, labels):
+        others = [v for v in range(len(p)) if v != y]
+        rest = sum(p[v].detach() for v in others)
+        value = -sum(p[v].detach() / rest * torch.log(p[v]) for v in others)
+        terms.append(value * 0 if skip_first and b not in seen else value)
+        seen.add(b)
+    return sum(terms) / len(terms)
+
+
+def max_entropy(logits, labels):
+    terms = [sum(-math.log(len(p)) - torch.log(q) for q in p) / len(p) for _, p, _ in positions(logits, labels)]
+    return sum(terms) / len(terms)
+
+
+def raw(logits, labels):
+    """Yield (float64 logits, gold token) for each supervised position."""
+    for b in range(labels.shape[0]):
+        for t in range(1, labels.shape[1]):
+            if labels[b, t] != -100:
+                yield logits[b, t - 1].double(), int(labels[b, t])
+
+
+def pdu(logits, labels):
+    terms = [(z.max() - z.mean()) ** 2 for z, _ in raw(logits, labels)]
+    return sum(terms) / len(terms)
+
+
+def undial(logits, labels, teacher_logits, beta):
+    terms = []
+    pairs = zip(raw(logits, labels), raw(teacher_logits, labels), strict=True)
+    for (z, y), (teacher, _) in pairs:
+        lowered = teacher.clone()
+        lowered[y] -= beta
+        target, p = torch.softmax(lowered, 0), torch.softmax(z, 0)
+        terms.append(-sum(t * torch.log(q) for t, q in zip(target, p, strict=True)))
+    return sum(terms) / len(terms)
+
+
+def kl(logits, labels, teacher_logits):
+    terms = []
+    pairs = zip(positions(logits, labels), positions(teacher_logits, labels), strict=True)
+    for (_, p, _), (_, q, _) in pairs:
+        terms.append(sum(b * (torch.log(b) - torch.log(a)) for a, b in zip(p, q, strict=True)))
+    return sum(terms) / len(terms)
+
+
+def idk(logits, labels):
+    return nll(logits, labels)
 
 
 def ihl_gradient(logits, labels):

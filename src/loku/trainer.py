@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loku.adapters.anchor import restore, save_checkpoint, target_model
-from loku.data.batching import PairedCollator, PairedDataset, pad_batch
+from loku.adapters.anchor import restore, save_checkpoint
+from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
-from loku.errors import DivergenceError, InputError, suggestion
-from loku.losses.forget import FORGET_LOSSES, ForgetLoss
-from loku.losses.positions import count_tokens, sequence_logprobs
-from loku.losses.retain import RETAIN_LOSSES
-
-Loss = Callable[..., Tensor]
+from loku.errors import DivergenceError, InputError
+from loku.forward import Forward, text_config
+from loku.meeting import Combiner, Meeting, load_weight, save_weight
+from loku.objective import Objective, OnLogits, Term, forget_term, retain_term
 
 
 class UnlearnTrainer(Trainer):
@@ -30,9 +28,17 @@ class UnlearnTrainer(Trainer):
     retain examples are used before any repeats. Losses are normalised over all micro-batches and processes of a step:
     splitting a batch changes nothing but rounding.
 
-    `forget_loss` and `retain_loss` are names (`FORGET_LOSSES`, `RETAIN_LOSSES`) or functions of (logits, labels)
-    that return a mean over supervised tokens. `reference` holds the target model's summed log-probability of every
-    forget example, for losses that need it. Without `retain` (or with weight 0) there is no retain term.
+    `forget_loss` and `retain_loss` are names (`FORGET_LOSSES`, `RETAIN_LOSSES`), with `forget_options` and
+    `retain_options` for their keyword options, or functions of (logits, labels) that return a mean over supervised
+    tokens. Without `retain` (or with weight 0) there is no retain term. `alternates` and `retain_alternates` hold other
+    answers to each example's prompt, for the losses that compare with them; `layer` is the decoder layer of losses on
+    hidden states (default: the middle one). `level` holds the log-probabilities that IHL's stop mask compares with.
+
+    `combine` says how the two gradients meet: "sum", "pcgrad", "gru", "primal-dual" (the retain weight rises and falls
+    so that the retain loss stays below `retain_bound`) or a function of two lists of gradients that returns one.
+
+    Values of the target model are computed once here, before the first step, or with the adapters off; no second model
+    is loaded, unless all weights are trained and a loss needs full distributions or hidden states.
 
     Checkpoints hold both adapters of an anchored model, and resuming restores both. The training stops with a
     DivergenceError as soon as a loss is not finite or its size exceeds `max_loss` (nats per item).
@@ -48,27 +54,44 @@ class UnlearnTrainer(Trainer):
         forget: Sequence[Example],
         retain: Sequence[Example] | None,
         pad_id: int,
-        forget_loss: str | Loss = "ihl",
-        retain_loss: str | Loss = "nll",
+        forget_loss: str | OnLogits = "ihl",
+        retain_loss: str | OnLogits = "nll",
         forget_weight: float = 1.0,
         retain_weight: float = 1.0,
-        loss_options: dict[str, Any] | None = None,
-        reference: Tensor | None = None,
+        forget_options: Mapping[str, Any] | None = None,
+        retain_options: Mapping[str, Any] | None = None,
+        alternates: list[list[Example]] | None = None,
+        retain_alternates: list[list[Example]] | None = None,
+        layer: int | None = None,
+        level: Sequence[Tensor] | None = None,
+        reference: Sequence[Tensor] | None = None,
+        combine: str | Combiner = "sum",
+        retain_bound: float | None = None,
+        dual_rate: float = 1.0,
         max_loss: float = 1000.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.forget_loss = named_forget_loss(forget_loss)
-        self.retain_loss = named_retain_loss(retain_loss)
-        self.weights = (forget_weight, retain_weight if retain is not None else 0.0)
-        self.loss_options = {k: v for k, v in (loss_options or {}).items() if k in self.forget_loss.options}
-        if self.forget_loss.needs_reference and reference is None:
-            raise InputError(
-                f"The forget loss '{forget_loss}' compares with the target model, but no reference was given.",
-                "Pass reference=reference_logprobs(model, forget, pad_id=...), computed before training.",
-            )
-        self.reference = reference
-        partners = list(retain) if retain is not None and self.weights[1] else None
-        dataset = PairedDataset(list(forget), partners, seed=args.seed)
+        self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
+        self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
+        forward = Forward(layer=layer if layer is not None else _middle_layer(model))
+        self.objective = Objective(
+            model,
+            forward,
+            forget=forget_term(forget_loss, forget_options),
+            retain=retain_term(retain_loss, retain_options),
+            seed=args.seed,
+            level=level,
+        )
+        _check_alternates(self.objective.forget, alternates, "alternates")
+        if self.weights[1]:
+            _check_alternates(self.objective.retain, retain_alternates, "retain_alternates")
+        self.objective.prepare(
+            forget, alternates, pad_id=pad_id, batch_size=args.per_device_train_batch_size, cached=reference
+        )
+        partners = list(retain) if retain is not None and (self.weights[1] or self.meeting.bound is not None) else None
+        dataset = PairedDataset(
+            list(forget), partners, args.seed, alternates=alternates, retain_alternates=retain_alternates
+        )
         self._sums = {
             "forget_loss": torch.zeros((), device=args.device),
             "retain_loss": torch.zeros((), device=args.device),
@@ -86,16 +109,15 @@ class UnlearnTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Count what the two losses average over, in all micro-batches of the step and all processes."""
-        counts = torch.zeros(2, dtype=torch.long)
+        counts = torch.zeros(2)
         for batch in batch_samples:
-            labels = batch["forget"]["labels"]
-            counts[0] += len(labels) if self.forget_loss.unit == "sequence" else count_tokens(labels)
+            counts[0] += self.objective.forget.count(batch["forget"], batch.get("alternate")).cpu()
             if "retain" in batch:
-                counts[1] += count_tokens(batch["retain"]["labels"])
+                counts[1] += self.objective.retain.count(batch["retain"], batch.get("retain_alternate")).cpu()
         counts = counts.to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
-        return counts.clamp(min=1)
+        return counts.clamp(min=1e-6)
 
     def compute_loss(
         self,
@@ -105,31 +127,65 @@ class UnlearnTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """Return the weighted sum of both losses for one micro-batch, scaled to the whole step."""
-        items = num_items_in_batch
-        if items is None:
-            items = self._get_num_items_in_batch([inputs], self.args.device)
-        assert items is not None
-        forget_weight, retain_weight = self.weights
+        forget, retain = self._terms(model, inputs, num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
-        if forget_weight:
-            forget = self._forget_term(model, inputs["forget"], items[0])
-            self._sums["forget_loss"] += forget.detach()
-            total = total + forget_weight * forget
-        if retain_weight:
-            batch = inputs["retain"]
-            retain = self.retain_loss(_logits(model, batch), batch["labels"], num_items=items[1])
-            self._sums["retain_loss"] += retain.detach()
-            total = total + retain_weight * retain
+        for weight, term in zip(self.weights, (forget(), retain()), strict=True):
+            if term is not None:
+                total = total + weight * term
         # Processes average their gradients, while the counts above are over all of them.
         loss = total * self.args.world_size
         return (loss, None) if return_outputs else loss
 
-    def _forget_term(self, model: nn.Module, batch: dict[str, Tensor], items: Tensor) -> Tensor:
-        arguments: list[Tensor] = [_logits(model, batch), batch["labels"]]
-        if self.forget_loss.needs_reference:
-            assert self.reference is not None
-            arguments.append(self.reference.to(self.args.device)[batch["position"]])
-        return self.forget_loss.function(*arguments, num_items=items, **self.loss_options)
+    def _terms(
+        self, model: nn.Module, inputs: dict[str, Any], items: Tensor | None
+    ) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]]:
+        """Return both terms as functions to call, so that one can be differentiated before the other is computed."""
+        if items is None:
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+        assert items is not None
+        counted: Tensor = items
+
+        def forget() -> Tensor | None:
+            if not self.weights[0]:
+                return None
+            value = self.objective.forget_term(model, inputs["forget"], inputs.get("alternate"), counted[0])
+            self._sums["forget_loss"] += value.detach()
+            return value
+
+        def retain() -> Tensor | None:
+            if "retain" not in inputs:
+                return None
+            value = self.objective.retain_term(model, inputs["retain"], inputs.get("retain_alternate"), counted[1])
+            self._sums["retain_loss"] += value.detach()
+            return value
+
+        return forget, retain
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Make one micro-batch's step; with a combiner the two gradients are kept apart until the last micro-batch."""
+        if self.meeting.combiner is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        total = torch.zeros((), device=self.args.device)
+        terms = self._terms(model, inputs, num_items_in_batch)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for side, (weight, term) in enumerate(zip(self.weights, terms, strict=True)):
+            # autograd.grad leaves the processes' own gradient exchange alone; the exchange comes once, in `finish`.
+            with self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                value = term()
+                if value is not None:
+                    self.meeting.add(side, torch.autograd.grad(weight * value, parameters, allow_unused=True))
+                    total += weight * value.detach()
+        if self.accelerator.sync_gradients:
+            self.meeting.finish(parameters, self.accelerator)
+        return total * self.args.world_size
+
+    def adapt_weight(self, retain_loss: float) -> None:
+        """Take a step of dual ascent on the retain weight, where there is a bound."""
+        self.weights[1] = self.meeting.next_weight(self.weights[1], retain_loss)
 
     def total_steps(self) -> int:
         """Return the optimiser steps that `train` will make."""
@@ -143,13 +199,21 @@ class UnlearnTrainer(Trainer):
     def step_losses(self) -> dict[str, float]:
         """Return the mean forget and retain loss per optimiser step since the last call of `log`."""
         steps = max(self.state.global_step - self._steps_logged, 1)
-        used = {"forget_loss": self.weights[0], "retain_loss": self.weights[1]}
-        return {name: float(self._sums[name]) / steps for name, weight in used.items() if weight}
+        used = {"forget_loss": bool(self.weights[0]), "retain_loss": self.train_dataset.retain is not None}
+        found = {}
+        for name, shown in used.items():
+            if shown:  # each process holds its part of the sum
+                total = self.accelerator.reduce(self._sums[name].clone(), reduction="sum")
+                found[name] = float(total) / steps
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add both losses to what the Trainer logs."""
         if "loss" in logs:
-            logs = {"loss": logs["loss"], **self.step_losses(), **{k: v for k, v in logs.items() if k != "loss"}}
+            losses = self.step_losses()
+            logs = {"loss": logs["loss"], **losses, **{k: v for k, v in logs.items() if k != "loss"}}
+            if self.meeting.bound is not None:
+                logs["retain_weight"] = self.weights[1]
             for value in self._sums.values():
                 value.zero_()
             self._steps_logged = self.state.global_step
@@ -157,12 +221,14 @@ class UnlearnTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
+        folder = output_dir or str(self.args.output_dir)
+        if isinstance(model, PeftModel):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_checkpoint(model, folder)
+        else:
             super()._save(output_dir, state_dict)
-            return
-        folder = output_dir or self.args.output_dir
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_checkpoint(model, folder)
+        if self.meeting.bound is not None:
+            save_weight(folder, self.weights[1])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.accelerator.unwrap_model(model or self.model)
@@ -170,61 +236,22 @@ class UnlearnTrainer(Trainer):
             restore(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.meeting.bound is not None:
+            self.weights[1] = load_weight(resume_from_checkpoint)
         self._steps_logged = int(resume_from_checkpoint.rstrip("/").rsplit("-", 1)[-1])
 
 
-def named_forget_loss(loss: str | Loss) -> ForgetLoss:
-    """Return a forget loss by name, or wrap a function of (logits, labels) that returns a mean over tokens."""
-    if callable(loss):
-        return ForgetLoss(_per_step(loss))
-    if loss not in FORGET_LOSSES:
-        raise InputError(f"'{loss}' is not a forget loss.", suggestion(loss, FORGET_LOSSES))
-    return FORGET_LOSSES[loss]
+def _middle_layer(model: nn.Module) -> int:
+    """Return the decoder layer that losses on hidden states look at unless told otherwise: 7, or the middle one."""
+    return min(7, text_config(model).num_hidden_layers // 2)
 
 
-def named_retain_loss(loss: str | Loss) -> Loss:
-    """Return a retain loss by name, or wrap a function of (logits, labels) that returns a mean over tokens."""
-    if callable(loss):
-        return _per_step(loss)
-    if loss not in RETAIN_LOSSES:
-        raise InputError(f"'{loss}' is not a retain loss.", suggestion(loss, RETAIN_LOSSES))
-    return RETAIN_LOSSES[loss]
-
-
-def _per_step(loss: Loss) -> Loss:
-    """Turn a mean over the tokens of one micro-batch into this micro-batch's part of the step's mean."""
-
-    def scaled(logits: Tensor, labels: Tensor, *, num_items: Tensor) -> Tensor:
-        return loss(logits, labels) * count_tokens(labels) / num_items
-
-    return scaled
-
-
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits: Tensor = output.logits
-    return logits
-
-
-@torch.no_grad()
-def reference_logprobs(model: nn.Module, examples: Sequence[Example], *, pad_id: int, batch_size: int = 8) -> Tensor:
-    """Return the target model's summed log-probability (nats) of every example's supervised tokens.
-
-    The adapters are off meanwhile, so no second copy of the model is needed.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    sums = []
-    try:
-        with target_model(model):
-            for start in range(0, len(examples), batch_size):
-                batch = pad_batch(examples[start : start + batch_size], pad_id)
-                batch = {key: value.to(device) for key, value in batch.items()}
-                sums.append(sequence_logprobs(_logits(model, batch), batch["labels"]))
-    finally:
-        model.train(was_training)
-    return torch.cat(sums)
+def _check_alternates(term: Term, given: Any, name: str) -> None:
+    if term.needs("alternate") and given is None:
+        raise InputError(
+            f"The loss '{term.name}' compares with other answers, but {name} is missing.",
+            f"Pass {name}=encode_alternates(encoder, records).",
+        )
 
 
 class _Epochs(TrainerCallback):
@@ -245,7 +272,8 @@ class _Guard(TrainerCallback):
         self.max_loss = max_loss
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        for name, value in self.trainer.step_losses().items():
+        losses = self.trainer.step_losses()
+        for name, value in losses.items():
             if math.isfinite(value) and abs(value) <= self.max_loss:
                 continue
             kind = "is not finite" if not math.isfinite(value) else f"exceeds --max-loss {self.max_loss:g}"
@@ -254,6 +282,8 @@ class _Guard(TrainerCallback):
                 f"Lower --learning-rate (now {args.learning_rate:g}) or choose a bounded loss such as ihl, in a new "
                 "--output folder. The last good checkpoint is kept under `checkpoints`.",
             )
+        if "retain_loss" in losses:
+            self.trainer.adapt_weight(losses["retain_loss"])
 
 
 def training_arguments(folder: str | Path, steps_per_epoch: int, **options: Any) -> TrainingArguments:

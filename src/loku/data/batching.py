@@ -11,34 +11,50 @@ from torch.utils.data import Dataset
 
 from loku.data.encoding import IGNORE, Example
 
+PARTS = ("forget", "alternate", "retain", "retain_alternate")
+
 
 def pad_batch(examples: Sequence[Example], pad_id: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
     """Pad examples to the longest of them. The mask comes from lengths, so padding may share an id with text."""
     longest = max(len(example.input_ids) for example in examples)
 
-    def padded(rows: list[list[int]], value: int) -> Tensor:
+    def padded(rows: Sequence[Sequence[Any]], value: float) -> Tensor:
         fill = [[value] * (longest - len(row)) for row in rows]
         pairs = zip(rows, fill, strict=True)
-        return torch.tensor([row + more if side == "right" else more + row for row, more in pairs])
+        return torch.tensor([[*row, *more] if side == "right" else [*more, *row] for row, more in pairs])
 
-    return {
+    batch = {
         "input_ids": padded([example.input_ids for example in examples], pad_id),
         "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
         "labels": padded([example.labels for example in examples], IGNORE),
     }
+    if any(example.weights is not None for example in examples):
+        batch["weights"] = padded([example.token_weights for example in examples], 0.0)
+    return batch
 
 
 class PairedDataset(Dataset[dict[str, Any]]):
-    """Forget examples, each with a retain partner.
+    """Forget examples, each with a retain partner, and with other answers to the same prompts where a loss wants them.
 
     Partners come from an endless stream of seeded permutations of the retain examples, position epoch * len + i for
-    item i: every retain example is used before any repeats, and nothing depends on the order of access.
+    item i: every retain example is used before any repeats, and nothing depends on the order of access. Of an
+    example's `alternates` each epoch uses the next one.
     """
 
-    def __init__(self, forget: list[Example], retain: list[Example] | None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        forget: list[Example],
+        retain: list[Example] | None,
+        seed: int = 0,
+        *,
+        alternates: list[list[Example]] | None = None,
+        retain_alternates: list[list[Example]] | None = None,
+    ) -> None:
         self.forget = forget
         self.retain = retain
         self.seed = seed
+        self.alternates = alternates
+        self.retain_alternates = retain_alternates
         self.epoch = 0
         self._permutations: dict[int, list[int]] = {}
 
@@ -51,11 +67,18 @@ class PairedDataset(Dataset[dict[str, Any]]):
         return len(self.forget)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        partner = None
+        row: dict[str, Any] = {"forget": self.forget[item], "position": item}
+        if self.alternates is not None:
+            row["draw"] = self.epoch % len(self.alternates[item])
+            row["alternate"] = self.alternates[item][row["draw"]]
         if self.retain:
             cycle, place = divmod(self.epoch * len(self) + item, len(self.retain))
-            partner = self.retain[self._permutation(cycle)[place]]
-        return {"forget": self.forget[item], "retain": partner, "position": item}
+            partner = self._permutation(cycle)[place]
+            row["retain"] = self.retain[partner]
+            if self.retain_alternates is not None:
+                others = self.retain_alternates[partner]
+                row["retain_alternate"] = others[self.epoch % len(others)]
+        return row
 
     def _permutation(self, cycle: int) -> list[int]:
         if cycle not in self._permutations:
@@ -66,17 +89,17 @@ class PairedDataset(Dataset[dict[str, Any]]):
 
 
 class PairedCollator:
-    """Pads the two halves of each item on their own: {"forget": ..., "retain": ...}, the latter only when there."""
+    """Pads the parts of each item on their own: forget, retain, and the alternates of both, where they are there."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        """Return one batch; `position` is the place in the forget list, `index` the record's."""
-        forget = pad_batch([item["forget"] for item in items], self.pad_id)
-        forget["index"] = torch.tensor([item["forget"].index for item in items])
-        forget["position"] = torch.tensor([item["position"] for item in items])
-        batch = {"forget": forget}
-        if items[0]["retain"] is not None:
-            batch["retain"] = pad_batch([item["retain"] for item in items], self.pad_id)
+        """Return one batch. Of forget rows, `position` is the place in the forget list, `index` the record's."""
+        parts = [part for part in PARTS if part in items[0]]
+        batch = {part: pad_batch([item[part] for item in items], self.pad_id) for part in parts}
+        batch["forget"]["index"] = torch.tensor([item["forget"].index for item in items])
+        batch["forget"]["position"] = torch.tensor([item["position"] for item in items])
+        if "alternate" in batch:
+            batch["alternate"]["draw"] = torch.tensor([item["draw"] for item in items])
         return batch

@@ -18,7 +18,8 @@ class Example:
     """One sequence. `labels` equal `input_ids` where supervised and are -100 elsewhere (transformers shifts them).
 
     `index` is the record's; `prompt_length` counts the ids before the first supervised one, `generation_length` those
-    before the first id of the answer itself. They differ only where the answer tag is supervised.
+    before the first id of the answer itself. They differ only where the answer tag is supervised. `weights` says how
+    much each supervised token counts; None means 1 each.
     """
 
     index: int
@@ -26,6 +27,13 @@ class Example:
     labels: list[int]
     prompt_length: int
     generation_length: int
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def token_weights(self) -> tuple[float, ...]:
+        """Each token's weight: 0 where it is not supervised."""
+        given = self.weights or (1.0,) * len(self.labels)
+        return tuple(0.0 if label == IGNORE else weight for label, weight in zip(self.labels, given, strict=True))
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Forget and retain losses: pure functions of logits and labels."""
+"""Forget and retain losses: pure functions of scores, logits or hidden states; and how their gradients meet."""

@@ -1,23 +1,32 @@
-"""Retain losses by name. All are minimised; each takes logits and labels and returns a scalar."""
+"""Token-level retain losses. All are minimised; each returns a mean over supervised tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from loku.losses.positions import mean, supervised, token_logprobs
+from loku.losses.positions import Supervised, mean
+from loku.losses.scores import TokenScores
 
 
-def nll(
-    logits: Float[Tensor, "batch seq vocab"],
-    labels: Int[Tensor, "batch seq"],
-    *,
-    num_items: Tensor | int | None = None,
-) -> Float[Tensor, ""]:
+def nll(scores: TokenScores, *, num_items: Tensor | float | None = None) -> Float[Tensor, ""]:
     """Token cross entropy: the mean negative log-likelihood (nats) of the supervised tokens."""
-    return mean(-token_logprobs(supervised(logits, labels)), num_items)
+    return mean(-scores.label_logprob, num_items, scores.weights)
 
 
-RETAIN_LOSSES: dict[str, Callable[..., Tensor]] = {"nll": nll}
+def kl(
+    positions: Supervised,
+    reference_logits: Float[Tensor, "tokens vocab"],
+    *,
+    weights: Float[Tensor, " tokens"] | None = None,
+    num_items: Tensor | float | None = None,
+) -> Float[Tensor, ""]:
+    """Stay close to the target model: mean over supervised tokens of KL(p_ref || p), in nats.
+
+    Prompt and padding do not count (released code averages over them).
+
+    Source: Maini et al., "TOFU", 2024 (arXiv 2401.06121), KL minimisation.
+    """
+    reference = reference_logits.log_softmax(dim=-1)
+    ours = positions.logits.log_softmax(dim=-1)
+    return mean((reference.exp() * (reference - ours)).sum(dim=-1), num_items, weights)

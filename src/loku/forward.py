@@ -1,0 +1,84 @@
+"""From a batch to what losses look at: scores, logits or hidden states of the supervised tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loku.losses.positions import IGNORE, Supervised, select, supervised
+from loku.losses.scores import Extra, TokenScores, scores_from_logits
+
+Batch = Mapping[str, Tensor]
+
+
+class Forward:
+    """Runs a causal language model on batches.
+
+    `layer` is the decoder layer whose output `hidden` returns (negative counts from the end).
+    """
+
+    def __init__(self, *, layer: int | None = None) -> None:
+        self.layer = layer
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the logits of all positions."""
+        logits: Tensor = model(**inputs(batch), use_cache=False).logits
+        return logits
+
+    def scores(
+        self, model: nn.Module, batch: Batch, need: Collection[Extra] = (), *, every_position: bool = False
+    ) -> TokenScores:
+        """Return the scores of the supervised tokens, or of all that are not padding."""
+        labels = every_token(batch) if every_position else batch["labels"]
+        scores = scores_from_logits(self.logits(model, batch), labels, need=need)
+        weights = None if every_position else token_weights(batch)
+        return scores if weights is None else dataclasses.replace(scores, weights=weights)
+
+    def positions(self, model: nn.Module, batch: Batch) -> Supervised:
+        """Return the float32 logits at the supervised positions."""
+        return supervised(self.logits(model, batch), batch["labels"])
+
+    def hidden(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the chosen layer's output at the supervised tokens themselves (not at those that predict them)."""
+        assert self.layer is not None
+        output: Any = model(**inputs(batch), use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        states = output.hidden_states[self.layer + 1 if self.layer >= 0 else self.layer]
+        mask = batch["labels"] != IGNORE
+        mask[:, 0] = False  # as everywhere: nothing predicts the first token
+        selected: Tensor = states[mask]
+        return selected.to(torch.float32) if selected.dtype != torch.float64 else selected
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return what of a batch goes into the model."""
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of a model's text part."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def every_token(batch: Batch) -> Tensor:
+    """Return labels that supervise every token but padding."""
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+
+
+def token_weights(batch: Batch) -> Tensor | None:
+    """Return the weights of the supervised tokens, in the order of the scores, or None."""
+    if "weights" not in batch:
+        return None
+    return batch["weights"][:, 1:][select(batch["labels"]).mask]
+
+
+def count_items(batch: Batch) -> Tensor:
+    """Return the weight of all supervised tokens of a batch: their number, unless they carry weights."""
+    weights = token_weights(batch)
+    if weights is None:
+        return (batch["labels"][:, 1:] != IGNORE).sum()
+    return weights.sum()
