@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +23,12 @@ from loku.config import UnlearnOptions
 from loku.data.encoding import IGNORE, Example
 from loku.errors import DivergenceError, InputError
 from loku.losses.hinge import inverted_hinge
-from loku.losses.positions import sequence_logprobs
+from loku.losses.preference import sequence_sums
+from loku.losses.scores import scores_from_logits
+from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
+from loku.objective import forget_term, retain_term
 from loku.runs import MetricsLog
-from loku.trainer import UnlearnTrainer, named_forget_loss, reference_logprobs, steps_per_epoch, training_arguments
+from loku.trainer import UnlearnTrainer, steps_per_epoch, training_arguments
 
 PAD = byte_level_tokenizer().pad_token_id
 
@@ -36,7 +43,20 @@ def examples(count, seed):
     return made
 
 
+def other_answers(rows, draws):
+    """Examples of the same prompts with other answers, `draws` for each row."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for row in rows:
+        made.append([])
+        for _ in range(draws):
+            ids = row.input_ids[:2] + torch.randint(3, 300, (4,), generator=generator).tolist()
+            made[-1].append(Example(row.index, ids, [IGNORE] * 2 + ids[2:], 2, 2))
+    return made
+
+
 FORGET, RETAIN = examples(8, 0), examples(11, 1)
+ALTERNATES = {"alternates": other_answers(FORGET, 3), "retain_alternates": other_answers(RETAIN, 2)}
 
 
 def anchored():
@@ -81,18 +101,119 @@ def test_both_losses_fall_and_are_logged(tmp_path):
         assert row["loss"] == pytest.approx(row["forget_loss"] + row["retain_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["ihl", "grad_ascent", "npo"])
-def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path, loss):
+PAIRS = [(name, "nll") for name in FORGET_LOSSES] + [("ihl", name) for name in RETAIN_LOSSES if name != "nll"]
+
+
+@pytest.mark.parametrize(("loss", "retain_loss"), PAIRS)
+def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path, loss, retain_loss):
     curves = []
     for name, batch_size, grad_accum in (("whole", 8, 1), ("split", 2, 4), ("uneven", 3, 3)):
-        folder = tmp_path / name
-        model = anchored()
-        reference = reference_logprobs(model, FORGET, pad_id=PAD)
         options = {"batch_size": batch_size, "grad_accum": grad_accum, "epochs": 4.0, "learning_rate": 1e-3}
-        trainer(folder, model, options=options, forget_loss=loss, reference=reference).train()
-        curves.append([row["loss"] for row in curve(folder)])
+        losses = {"forget_loss": loss, "retain_loss": retain_loss}
+        trainer(tmp_path / name, anchored(), options=options, **losses, **ALTERNATES).train()
+        curves.append([row["loss"] for row in curve(tmp_path / name)])
     worst = max(abs(a - b) for other in curves[1:] for a, b in zip(curves[0], other, strict=True))
-    assert worst < 2e-4 * abs(curves[0][0])
+    assert worst < 2e-4 * max(map(abs, curves[0]))
+
+
+@pytest.mark.parametrize("loss", FORGET_LOSSES)
+def test_every_forget_loss_falls_on_all_weights_too(tmp_path, loss):
+    options = {"epochs": 10.0, "learning_rate": 1e-3, "save_steps": -1}
+    run = trainer(tmp_path, tiny_model(), options=options, forget_loss=loss, **ALTERNATES)
+    copied = "reference_logits" in FORGET_LOSSES[loss].needs
+    assert (run.objective.target.copy is not None) == copied  # a second model only where distributions are needed
+    run.train()
+    log = curve(tmp_path)
+    assert log[-1]["forget_loss"] < log[0]["forget_loss"]
+
+
+@pytest.mark.parametrize("model", [anchored, tiny_model], ids=["adapter", "all weights"])
+@pytest.mark.parametrize("loss", ["kl", "hidden"])
+def test_retain_losses_start_at_the_target_model(tmp_path, model, loss):
+    run = trainer(tmp_path, model(), retain_loss=loss, options={"epochs": 5.0, "save_steps": -1})
+    assert (run.objective.target.copy is not None) == (model is tiny_model)
+    run.train()
+    log = [row["retain_loss"] for row in curve(tmp_path)]
+    assert log[0] == pytest.approx(0.0, abs=1e-5)
+    assert max(log) > 1e-4
+
+
+def test_answer_preservation_falls(tmp_path):
+    options = {"epochs": 20.0, "save_steps": -1}
+    trainer(tmp_path, retain_loss="ap", forget_weight=0.0, options=options, **ALTERNATES).train()
+    log = [row["retain_loss"] for row in curve(tmp_path)]
+    assert sum(log[-5:]) < sum(log[:5])
+
+
+@pytest.mark.parametrize("combine", ["pcgrad", "gru"])
+def test_combined_gradients_do_not_depend_on_micro_batches(tmp_path, combine):
+    curves = []
+    for name, batch_size, grad_accum in (("whole", 8, 1), ("split", 2, 4), ("uneven", 3, 3)):
+        options = {"batch_size": batch_size, "grad_accum": grad_accum, "epochs": 6.0, "learning_rate": 3e-3}
+        trainer(tmp_path / name, options=options, forget_loss="grad_ascent", combine=combine).train()
+        curves.append([row["loss"] for row in curve(tmp_path / name)])
+    worst = max(abs(a - b) for other in curves[1:] for a, b in zip(curves[0], other, strict=True))
+    assert worst < 2e-4 * max(map(abs, curves[0]))
+
+
+def test_a_combiner_that_adds_is_the_weighted_sum(tmp_path):
+    settings = {"forget_weight": 0.5, "retain_weight": 2.0, "options": {"batch_size": 2, "grad_accum": 2}}
+    trainer(tmp_path / "sum", **settings).train()
+    trainer(
+        tmp_path / "added", combine=lambda f, r: [a + b for a, b in zip(f, r, strict=True)], **settings
+    ).train()
+    for one, other in zip(curve(tmp_path / "sum"), curve(tmp_path / "added"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_gru_keeps_the_retain_loss_lower_than_the_sum_does(tmp_path):
+    options = {"epochs": 30.0, "learning_rate": 5e-3}
+    last = {}
+    for combine in ("sum", "gru"):
+        trainer(tmp_path / combine, forget_loss="grad_ascent", options=options, combine=combine).train()
+        last[combine] = curve(tmp_path / combine)[-1]["retain_loss"]
+    assert last["gru"] < last["sum"]
+
+
+def test_the_dual_weight_follows_the_constraint_and_survives_a_resume(tmp_path):
+    settings = {"combine": "primal-dual", "retain_bound": 5.5, "dual_rate": 0.5, "options": {"save_steps": 1}}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.args.save_total_limit = None
+    whole.train()
+    log = curve(tmp_path / "whole")
+    weight = 1.0
+    for row in log:
+        weight = max(0.0, weight + 0.5 * (row["retain_loss"] - 5.5))
+        assert row["retain_weight"] == pytest.approx(weight, rel=1e-4)
+    resumed = trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoints" / "checkpoint-3"))
+    assert curve(tmp_path / "resumed") == log[3:]
+
+
+def test_a_bound_and_its_use_belong_together(tmp_path):
+    with pytest.raises(InputError, match=r"primal-dual needs a bound on the retain loss.\nGive --retain-bound"):
+        trainer(tmp_path, combine="primal-dual")
+    with pytest.raises(InputError, match=r"--retain-bound is of no use with --combine sum.\nAdd --combine"):
+        trainer(tmp_path, retain_bound=1.0)
+    with pytest.raises(InputError, match=r"--combine 'pcgard' is not known.\nDid you mean 'pcgrad'"):
+        trainer(tmp_path, combine="pcgard")
+
+
+def test_two_processes_give_the_trajectory_of_one(tmp_path):
+    for combine in ("sum", "gru"):
+        for processes, batch_size in ((1, 4), (2, 2)):
+            folder = tmp_path / f"{combine}{processes}"
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+            command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+            command += [str(Path(__file__).parent / "train_in_processes.py"), str(folder), combine, str(batch_size)]
+            outcome = subprocess.run(
+                command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+            )
+            assert outcome.returncode == 0, outcome.stderr[-3000:]
+        one, two = curve(tmp_path / f"{combine}1"), curve(tmp_path / f"{combine}2")
+        for a, b in zip(one, two, strict=True):
+            assert a["forget_loss"] == pytest.approx(b["forget_loss"], rel=1e-4)
+            assert a["retain_loss"] == pytest.approx(b["retain_loss"], rel=1e-4)
 
 
 def test_resuming_from_every_checkpoint_is_bit_equal(tmp_path):
@@ -150,24 +271,37 @@ def test_the_reference_is_the_target_model_with_adapters_off(tmp_path):
     model = anchored()
     run = trainer(tmp_path, model)
     run.train()
-    reference = reference_logprobs(model, FORGET, pad_id=PAD, batch_size=3)
+    reference = run.objective.target.token_logprobs(FORGET, pad_id=PAD, batch_size=3)
     base = tiny_model()
-    for example, value in zip(FORGET, reference, strict=True):
+    for example, values in zip(FORGET, reference, strict=True):
         with torch.no_grad():
             logits = base(torch.tensor([example.input_ids])).logits
-        expected = sequence_logprobs(logits, torch.tensor([example.labels]))
-        torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=1e-4)
+        expected = sequence_sums(scores_from_logits(logits, torch.tensor([example.labels])))
+        torch.testing.assert_close(values.sum(), expected[0], rtol=1e-5, atol=1e-4)
 
 
-def test_npo_without_a_reference_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'npo' compares with the target model.*\nPass reference="):
-        trainer(tmp_path, forget_loss="npo")
+def test_losses_that_compare_answers_want_other_answers(tmp_path):
+    with pytest.raises(InputError, match=r"'dpo' compares with other answers, but alternates is missing.\nPass"):
+        trainer(tmp_path, forget_loss="dpo")
+    with pytest.raises(InputError, match=r"'ap' compares with other answers, but retain_alternates is missing.\nPass"):
+        trainer(tmp_path, retain_loss="ap")
 
 
 @pytest.mark.parametrize("loss", ["ilh", "nil"])
 def test_unknown_losses_are_refused(loss):
     with pytest.raises(InputError, match=rf"'{loss}' is not a forget loss\.\n"):
-        named_forget_loss(loss)
+        forget_term(loss)
+    with pytest.raises(InputError, match=rf"'{loss}' is not a retain loss\.\n"):
+        retain_term(loss)
+
+
+def test_unknown_options_of_a_loss_are_refused():
+    with pytest.raises(InputError, match=r"'npo' has no option 'betta'.\nDid you mean 'beta'\?"):
+        forget_term("npo", {"betta": 1.0})
+    with pytest.raises(InputError, match=r"'grad_ascent' has no option 'beta'.\nIt has none."):
+        forget_term("grad_ascent", {"beta": 1.0})
+    with pytest.raises(InputError, match=r"The forget loss is a function, but has options \(beta\).\nBind them."):
+        forget_term(inverted_hinge, {"beta": 1.0})
 
 
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):

@@ -34,7 +34,7 @@ class Record:
     paraphrased_question: str | None = None
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
-    alternate: str | None = None
+    alternates: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -45,6 +45,7 @@ class Record:
 FORMATS = "question/answer, prompt/completion, text, or messages"
 REQUIRED = ("question", "answer", "prompt", "completion", "text", "messages")
 OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
+LISTS = {"perturbed_answer": "perturbed_answers", "alternate": "alternates"}  # columns that may hold several texts
 
 
 def parse_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Record]:
@@ -107,14 +108,14 @@ def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]
         value = row.get(column)
         if value is None:
             continue
-        if column == "perturbed_answer":
+        if column in LISTS:
             answers = [value] if isinstance(value, str) else value
             if not isinstance(answers, Sequence) or not all(isinstance(answer, str) for answer in answers):
                 raise InputError(
-                    f"{source}: row {index} has something else than texts in 'perturbed_answer'.",
+                    f"{source}: row {index} has something else than texts in '{column}'.",
                     "Give a list of texts.",
                 )
-            found["perturbed_answers"] = tuple(answers)
+            found[LISTS[column]] = tuple(answers)
         else:
             found[column] = _text(row, column, index, source)
     return found
