@@ -21,7 +21,14 @@ from loku.errors import DivergenceError, InputError
 from loku.losses.hinge import inverted_hinge
 from loku.losses.positions import sequence_logprobs
 from loku.runs import MetricsLog
-from loku.trainer import UnlearnTrainer, named_forget_loss, reference_logprobs, steps_per_epoch, training_arguments
+from loku.trainer import (
+    UnlearnTrainer,
+    named_forget_loss,
+    named_retain_loss,
+    reference_logprobs,
+    steps_per_epoch,
+    training_arguments,
+)
 
 PAD = byte_level_tokenizer().pad_token_id
 
@@ -168,6 +175,8 @@ def test_npo_without_a_reference_is_refused(tmp_path):
 def test_unknown_losses_are_refused(loss):
     with pytest.raises(InputError, match=rf"'{loss}' is not a forget loss\.\n"):
         named_forget_loss(loss)
+    with pytest.raises(InputError, match=rf"'{loss}' is not a retain loss\.\n"):
+        named_retain_loss(loss)
 
 
 def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
