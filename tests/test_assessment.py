@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku import cli
+from loku.data.sources import RecordSet
+from loku.errors import InputError
+from loku.evaluation.own import evaluate_own
 
 
 def run(capsys, *arguments):
@@ -123,6 +127,35 @@ def test_what_cannot_be_evaluated_is_refused(capsys, tmp_path, model_folder, for
         "--adapter", tmp_path,
     )  # fmt: skip
     refused("none.json", "results.json", *model, "--forget", forget_file, "--json", "--reference", "none.json")
+    forget = ("--forget", forget_file, "--output", tmp_path / "out")
+    refused("There is no reference 'none.json'", "Give the results.json", *model, *forget, "--reference", "none.json")
+    refused("forget.jsonl' is a file.", "Give a folder for results.json.", *model, *forget, "--output", forget_file)
+    refused("none.csv' does not exist.", "Give a file", *model, *forget, "--holdout", tmp_path / "none.csv")
+    refused("--max-rows 0 is too small.", "Give at least 1.", *model, *forget, "--max-rows", 0)
+    refused("There is no log file 'none.json'.", "eval_log", "--from-logs", "none.json", *forget)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_retain_only_model_of_another_vocabulary_is_refused(capsys, tmp_path, model_folder, forget_file, retain_file):
+    other = byte_level_tokenizer(350)
+    tiny_model(vocab_size=len(other)).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    arguments = ("--model", model_folder, "--forget", forget_file, "--retain", retain_file, "--rank", 4)
+    status, _, err = run(
+        capsys, "unlearn", *arguments, "--retain-only-model", tmp_path / "other", "--output", tmp_path / "run"
+    )
+    assert status == 2
+    assert f"--retain-only-model '{tmp_path / 'other'}' has another vocabulary than the target model." in err
+    assert "Train both from the same model and tokenizer" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_sets_without_rows_are_refused():
+    none = RecordSet("nothing.jsonl", (), "ab", "memory")
+    with pytest.raises(
+        InputError, match=r"The forget set 'nothing\.jsonl' has no rows\.\nGive a set with at least one"
+    ):
+        evaluate_own(tiny_model(), byte_level_tokenizer(), forget=none)
 
 
 def log(shift):

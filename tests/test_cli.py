@@ -57,6 +57,7 @@ def test_help_shows_every_option_with_its_default(capsys):
         (["unlearn", "--model", "./none"], "--model './none' does not exist as a folder.", "Check the path"),
         (["finetune"], "--output is missing.", "Give a folder for the run"),
         (["importance"], "--output is missing.", "Give a file name ending in .safetensors."),
+        (["report", "none"], "There is no folder 'none'.", "Give a run folder made by"),
         (["export", "none"], "'none' is not a folder.", "Give a run folder of `loku unlearn`"),
     ],
 )  # fmt: skip

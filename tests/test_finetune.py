@@ -62,6 +62,17 @@ def test_a_given_model_is_trained_and_an_interrupted_run_resumes(capsys, tmp_pat
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
+def test_a_run_on_rows_that_changed_since_is_refused(capsys, tmp_path, model_folder, forget_file):
+    arguments = ("finetune", "--model", model_folder, "--data", forget_file, "--max-steps", 1, *FAST)
+    assert run(capsys, *arguments, "--output", tmp_path / "target")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "target").rglob("*") if p.is_file()}
+    forget_file.write_text("".join(json.dumps(row) + "\n" for row in rows(6)))
+    status, _, err = run(capsys, *arguments, "--output", tmp_path / "target")
+    assert status == 2
+    assert "holds a run on other input (changed since: train)." in err
+    assert {p: p.read_bytes() for p in (tmp_path / "target").rglob("*") if p.is_file()} == before
+
+
 def test_target_and_retain_only_share_a_tokenizer(capsys, tmp_path, forget_file, retain_file):
     (tmp_path / "model.json").write_text(json.dumps(SETTINGS))
     status, _, _ = run(

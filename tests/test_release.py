@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from builders import tiny_model
 from conftest import rows
 from loku import cli
 
@@ -120,6 +122,16 @@ def test_a_merge_that_loses_the_update_is_warned_of(capsys, tmp_path, finished, 
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
+def test_a_merge_is_not_scored_when_the_rows_are_gone(capsys, tmp_path, finished):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    settings = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(settings.replace("forget.jsonl", "moved.jsonl"))
+    status, out, _ = run(capsys, "export", copy, "--output", tmp_path / "merged")
+    assert status == 0
+    assert "not scored again: --forget '" in out.replace("\n", " ")
+    assert (tmp_path / "merged" / "README.md").is_file()
+
+
 def test_what_cannot_be_exported_is_refused(capsys, tmp_path, model_folder, finished):
     def refused(given, remedy, *arguments):
         status, _, err = run(capsys, "export", *arguments)
@@ -143,4 +155,20 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path, model_folder, fini
     refused("--rank 3 is of no use with --form merged.", "Add --form truncated.", finished, "--rank", 3, *output)
     refused("holds no adapter.", "Give a run folder that finished", tmp_path, *output)
     refused("was run with --tune full.", "there is no adapter to export", full, *output)
-    refused("which", "Give the base model", foreign, "--model", model_folder, *output)
+    refused("query", "Give the base model", foreign, "--model", model_folder, *output)
+    refused(f"which '{model_folder}' does not have.", "with --model.", foreign, "--model", model_folder, *output)
+    larger = tmp_path / "larger"
+    tiny_model(intermediate_size=64).save_pretrained(larger)
+    refused("down_proj' (32 x 48), which '", "Give the base model", finished, "--model", larger, *output)
+    shutil.copy(model_folder / "config.json", larger)
+    shutil.copy(model_folder / "model.safetensors", larger)
+    refused("The tokenizer of", "Save the tokenizer", finished, "--model", larger, *output)
+    nameless = tmp_path / "nameless"
+    shutil.copytree(finished / "adapter", nameless)
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    refused("The base model is not known.", "Give it with --model.", nameless, *output)
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    refused("is not an ordinary LoRA (use_rslora).", "Give an adapter that `loku` wrote.", nameless, *output)
+    refused("holds no config.json.", "written by save_pretrained.", finished, "--model", tmp_path, *output)
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ import loku
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku import cli
-from loku.errors import InputError
+from loku.errors import DivergenceError, InputError
 from loku.models import weights_sha256
 
 FAST = ["--rank", "4", "--batch-size", "2", "--grad-accum", "1", "--learning-rate", "1e-2", "--threads", "1"]
@@ -199,6 +199,15 @@ def test_an_importance_file_is_reused_and_checked(capsys, tmp_path, model_folder
     assert status == 2
     assert "was made for something else (eps differ)" in err
     assert "Give the file made for this model and these rows" in err
+    more = ("--no-evaluate", "--importance", str(file), "--targets", "q_proj")
+    status, _, err = run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "other", *more))
+    assert status == 2
+    assert "(targets differ)" in err
+    file.write_text("something else")
+    status, _, err = run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "other", *more))
+    assert status == 2
+    assert "is not an importance file" in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_input_is_refused_before_any_work(capsys, tmp_path, model_folder, forget_file, retain_file):
@@ -244,7 +253,48 @@ def test_bad_input_is_refused_before_any_work(capsys, tmp_path, model_folder, fo
     refused("is not empty and holds no run.", "Choose a new folder", *unlearn(output=other))
     refused("holds another run", "Choose another folder", *unlearn(output=used))
     refused("--device 'qpu' is not a device.", "Give cpu", *unlearn(device="qpu"))
+    refused("--init fila compares the forget", "--init lora", *unlearn(retain=None, retain_weight=0))
+    refused("--prompt-template 'none.json' does not exist.", "Give a JSON file", *unlearn(prompt_template="none.json"))
+    refused("--init 'filla' is not known.", "Did you mean 'fila'?", *unlearn(init="filla"))
+    refused("--retain-only-model './none' does not exist", "Check the path", *unlearn(retain_only_model="./none"))
+    refused("There is no reference 'none.json'", "Give the results.json", *unlearn(retain_only_model="none.json"))
+    refused("none.csv' does not exist.", "Give a file", *unlearn(holdout=tmp_path / "none.csv"))
+    refused("empty.jsonl' is empty.", "Give a file with rows.", *unlearn(general=empty))
     assert (other / "thesis.txt").read_text() == "precious"
+
+
+def test_a_run_on_rows_that_changed_since_is_refused(capsys, tmp_path, model_folder, forget_file, retain_file):
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate", "--max-steps", "2")
+    assert run(capsys, *arguments)[0] == 0
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    forget_file.write_text("".join(json.dumps(row) + "\n" for row in rows(6)))
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "holds a run on other input (changed since: forget)." in err
+    assert "Choose another folder, or give what that run was given to resume it." in err
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_bad_input_of_importance_is_refused_before_any_work(capsys, tmp_path, model_folder, forget_file, retain_file):
+    def refused(given, remedy, **changed):
+        output = tmp_path / "new" / "importance.safetensors"
+        values = {"model": model_folder, "forget": forget_file, "retain": retain_file, "output": output} | changed
+        flags = [part for name, value in values.items() if value is not None for part in (f"--{name}", value)]
+        status, _, err = run(capsys, "importance", *flags)
+        assert status == 2, err
+        assert given in err
+        assert remedy in err
+        assert not output.parent.exists()
+
+    refused("--model is missing.", "Give a model folder", model=None)
+    refused("' is a folder.", "Give a file name ending in .safetensors.", output=tmp_path)
+    refused("--forget is missing.", "Give the rows that must go", forget=None)
+    refused("--retain is missing.", "Give rows that must stay", retain=None)
+    refused("5 forget rows also stand in the retain set", "Take them out", retain=forget_file)
+    refused("matches no linear layer", "Did you mean 'q_proj'?", targets="q_prj")
+    refused("holds no config.json.", "written by save_pretrained", model=tmp_path)
 
 
 def test_models_that_cannot_be_used_are_refused(capsys, tmp_path, model_folder, forget_file, retain_file):
@@ -296,6 +346,39 @@ def test_the_python_api_on_a_model_in_memory(tmp_path):
     assert weights_sha256(tiny_model()) == digest
     plain = PeftModel.from_pretrained(tiny_model(), result.adapter)
     assert (logits(plain) - logits(result.model)).abs().max() < 1e-5
+
+
+def test_a_model_that_carries_an_adapter_is_refused_until_it_is_unloaded(tmp_path):
+    model, tokenizer = tiny_model(), byte_level_tokenizer()
+    given = {"forget": rows(4), "retain": rows(6, start=10), "rank": 4, "max_steps": 1}
+    first = loku.unlearn(model, tokenizer, output=tmp_path / "one", **given)
+    for carrying in (model, first.model):
+        with pytest.raises(
+            InputError, match=r"The model carries an adapter already\.\nGive it without: `model = model\.un"
+        ):
+            loku.unlearn(carrying, tokenizer, output=tmp_path / "two", **given)
+    assert not (tmp_path / "two").exists()
+    second = loku.unlearn(first.model.unload(), tokenizer, output=tmp_path / "two", **given)
+    one, two = (load_file(result.adapter / "adapter_model.safetensors") for result in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_weights_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
+    def poisons(model, *_):
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad)[0, 0] = float("nan")
+
+    monkeypatch.setattr("loku.unlearning._train", poisons)
+    with pytest.raises(
+        DivergenceError, match=r"The trained weight '.*lora_A.*' is not finite\.\nLower --learning-rate"
+    ):
+        loku.unlearn(
+            tiny_model(), byte_level_tokenizer(), rows(4), rows(6, start=10), tmp_path / "run", rank=4, init="lora"
+        )
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "stopped"
+    assert "is not finite" in record["error"]
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_the_python_api_refuses_unknown_settings(tmp_path):

@@ -219,6 +219,8 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
         raise InputError("--forget is missing.", "Suite own measures your rows; or choose --suite tofu.")
     if not options.output and not options.json:
         raise InputError("--output is missing.", "Give a folder for results.json, or --json to print it.")
+    if options.output and Path(options.output).is_file():
+        raise InputError(f"--output '{options.output}' is a file.", "Give a folder for results.json.")
     own = {
         name: _records(getattr(options, name), f"--{name}", options)
         for name in ("forget", "retain", "holdout", "general")
@@ -325,7 +327,11 @@ def rescore_merged(merged: Path, options: ExportOptions) -> None:
     if not settings["forget"]:
         console.print("not scored again: the run's forget rows were given in memory")
         return
-    forget = load_records(settings["forget"], option="--forget", data_dir=options.data_dir or settings["data_dir"])
+    try:
+        forget = load_records(settings["forget"], option="--forget", data_dir=options.data_dir or settings["data_dir"])
+    except InputError as error:  # the model is written: rows that are gone by now are no reason to fail
+        console.print(f"not scored again: {error.given}")
+        return
     model = load_model(str(merged), trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(str(merged), trust_remote_code=options.trust_remote_code)
     with progress("scoring the merged model") as update:

@@ -24,6 +24,7 @@ from loku.report.html import write_report
 
 MARKER = "demo.json"
 WORKERS = 2
+WORLD_SHARE = 0.12  # of the retain rows of unlearning
 MEMORISED = 0.95  # share of forget answers that the target must give, or there is nothing to unlearn
 
 
@@ -70,7 +71,8 @@ def write_corpus(fiction: Fiction, folder: Path) -> None:
     for name in ("pretraining", "full", "forget", "retain", "general", "holdout"):
         _write_rows(folder / f"{name}.jsonl", getattr(fiction, name))
     # A little of the world among the retain rows, in other phrasings than those measured: without it, it fades.
-    _write_rows(folder / "retain-mixed.jsonl", mix_replay(fiction.retain, fiction.pretraining, seed=fiction.seed))
+    mixed = mix_replay(fiction.retain, fiction.pretraining, share=WORLD_SHARE, seed=fiction.seed)
+    _write_rows(folder / "retain-mixed.jsonl", mixed)
 
 
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -98,7 +100,8 @@ def print_outcome(folder: Path, runs: Sequence[Path]) -> None:
         "retain\nacc.": ("retain", "exact_match"),
         "world\nacc.": ("general", "exact_match"),
     }
-    table = Table("\nmodel", *columns, "model\nutility", "forget\nquality", "\nverdict", box=None, pad_edge=False)
+    headings = ("\nmodel", *columns, "model\nutility", "forget\nquality", "\nverdict")
+    table = Table(*headings, box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 characters are enough for it
     models = {"target": folder / "target", **{run.name: run for run in runs}, "retain-only": folder / "retain-only"}
     for name, place in models.items():
         results = read_results(place / "results.json")

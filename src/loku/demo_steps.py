@@ -32,8 +32,8 @@ EVAL_ROWS = 96
 BATCH = 32
 PRETRAINING = {"max_steps": 300, "learning_rate": 4e-3}
 FINETUNING = {"max_steps": 260, "learning_rate": 4e-3}  # the same steps for target and retain-only
-UNLEARNING = {"max_steps": 80, "batch_size": 8, "grad_accum": 1, "warmup_steps": 5, "rank": 8, "learning_rate": 2e-3}
-LEARNING_RATES = {"loku": 1e-3}  # FILA starts from large factors: the same rate moves them further
+UNLEARNING = {"max_steps": 100, "batch_size": 8, "grad_accum": 1, "warmup_steps": 5, "rank": 8, "learning_rate": 1e-3}
+LEARNING_RATES = {"loku": 5e-4}  # FILA starts from large factors: the same rate moves them further
 TEMPLATE = TagTemplate()
 
 

@@ -23,8 +23,9 @@ def json_line(value: Any) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """Return the SHA-256 of a JSON value's canonical form in UTF-8."""
-    return hashlib.sha256(json_line(value).encode()).hexdigest()
+    """Return the SHA-256 of a JSON value's canonical form. What JSON lacks (dates, bytes) counts by its repr."""
+    line = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=repr)
+    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def replace_file(path: str | Path, write: Callable[[str], object]) -> None:

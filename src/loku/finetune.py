@@ -46,6 +46,8 @@ def finetune(options: FinetuneOptions) -> Path:
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     encoded = Encoder(tokenizer, template, options.max_length).encode_records(records, option="--data")
     counts = encoded.counts
+    data = {"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}}
+    run.check_inputs(data)
     console.print(
         f"finetune: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
         f"({counts.supervised_tokens:,} supervised tokens), template {template.describe()}"
@@ -53,7 +55,7 @@ def finetune(options: FinetuneOptions) -> Path:
     run.start(command="finetune")
     run.update(
         seed=options.seed,
-        data={"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}},
+        data=data,
         model={"name": options.model or options.new_model, "architecture": type(model).__name__},
     )
     train_model(model, encoded, tokenizer.pad_token_id, run, options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -80,7 +81,13 @@ def load_model(
     """Load a causal language model in eval mode, with an adapter on it if one is given."""
     load_config(name, trust_remote_code=trust_remote_code)
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"The weights of '{name}' cannot be loaded: {str(error).splitlines()[0]}",
+            "Give a whole causal language model, as save_pretrained writes it.",
+        ) from error
     model.to(pick_device(device)).eval()
     return load_adapter(model, adapter) if adapter else model
 
@@ -95,7 +102,7 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(model, adapter).eval()
-        except (RuntimeError, ValueError, UserWarning) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, UserWarning, SafetensorError) as error:
             raise InputError(
                 f"--adapter '{adapter}' does not fit this model: {str(error).splitlines()[0]}",
                 "Give the base model that the adapter was trained on (see its adapter_config.json).",
@@ -132,5 +139,5 @@ def weights_sha256(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         stored = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{stored.dtype}|{tuple(stored.shape)}|".encode())
-        digest.update(stored.view(torch.uint8).numpy().tobytes() if stored.numel() else b"")
+        digest.update(stored.reshape(-1).view(torch.uint8).numpy().tobytes() if stored.numel() else b"")
     return digest.hexdigest()

@@ -102,15 +102,16 @@ def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
 
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:
     base = load_model(base_name, dtype=options.dtype, device="cpu", trust_remote_code=options.trust_remote_code)
-    known = set(base.state_dict())
-    unknown = [name for name in lora.A if f"{name}.weight" not in known]
-    if unknown:
-        raise InputError(
-            f"The adapter changes '{unknown[0]}', which '{base_name}' does not have.",
-            "Give the base model that the adapter was trained on with --model.",
-        )
-    save_merged(base, lora, output)
+    sizes = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
+    for name in lora.A:
+        size = (lora.B[name].shape[0], lora.A[name].shape[1])
+        if sizes.get(f"{name}.weight") != (size[::-1] if lora.fan_in_fan_out else size):
+            raise InputError(
+                f"The adapter changes '{name}' ({size[0]} x {size[1]}), which '{base_name}' does not have.",
+                "Give the base model that the adapter was trained on with --model.",
+            )
     tokenizer = load_tokenizer(base_name, trust_remote_code=options.trust_remote_code)
+    save_merged(base, lora, output)
     tokenizer.save_pretrained(output)
     template = Path(base_name) / "prompt_template.json"
     if template.is_file():

@@ -47,7 +47,9 @@ def sample_retain(
             torch.manual_seed(seed)
             for _ in range(4 * (rows // batch_size + 1)):
                 texts += [text for text in _sample(model, tokenizer, start, batch_size, length) if text.strip()]
-                texts = [text for text in texts if forbidden.isdisjoint(_grams(text))]
+                texts = [
+                    text for text in texts if forbidden.isdisjoint(_grams(text)) and _is_trainable(text, tokenizer)
+                ]
                 if len(texts) >= rows:
                     break
     finally:
@@ -58,6 +60,10 @@ def sample_retain(
             "Give retain rows of your own with --retain, or ask for fewer with --self-rows.",
         )
     return load_records([{"text": text} for text in texts[:rows]], option="--retain")
+
+
+def _is_trainable(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) > 1  # nothing in one token can be predicted
 
 
 def _secret(record: Record) -> str:

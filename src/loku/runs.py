@@ -50,7 +50,7 @@ class RunFolder:
             raise InputError(f"--output '{path}' is a file.", "Give a folder.")
         file = folder / "config.yaml"
         if file.is_file():
-            previous = yaml.safe_load(file.read_text(encoding="utf-8"))
+            previous = _read_settings(file)
             different = sorted(
                 name
                 for name in set(previous) | set(config)
@@ -68,6 +68,19 @@ class RunFolder:
                 "Choose a new folder: nothing there is overwritten.",
             )
         return cls(folder, config)
+
+    def check_inputs(self, data: dict[str, Any], model_sha256: str | None = None) -> None:
+        """Raise InputError when the run that the folder holds was started on other rows or another model."""
+        recorded = self.record.get("data", {}) | {"model": self.record.get("model", {})}
+        given = data | ({"model": {"sha256": model_sha256}} if model_sha256 else {})
+        changed = [
+            name for name in given if recorded.get(name, {}).get("sha256", ...) not in (..., given[name]["sha256"])
+        ]
+        if changed:
+            raise InputError(
+                f"--output '{self.path}' holds a run on other input (changed since: {', '.join(changed)}).",
+                "Choose another folder, or give what that run was given to resume it.",
+            )
 
     def start(self, command: str) -> None:
         """Create the folder and write the settings."""
@@ -115,7 +128,7 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint. A half-written one (the Trainer writes its state last) is removed."""
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
-        while found and not (found[-1] / "trainer_state.json").is_file():
+        while found and not _is_json(found[-1] / "trainer_state.json"):
             shutil.rmtree(found.pop())
         return found[-1] if found else None
 
@@ -127,6 +140,24 @@ class RunFolder:
         lines = [line for line in self.metrics.read_text().split("\n") if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= step]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"'{file}' is not the config.yaml of a run.", "Choose a new --output folder.")
+    return settings
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        read_json(file)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class MetricsLog(TrainerCallback):

@@ -118,6 +118,8 @@ def prepare(
     check_tokenizer(tokenizer)
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     forget = as_records(forget, "--forget", options)
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("The model carries an adapter already.", "Give it without: `model = model.unload()`.")
     if options.tune == "lora":
         layers = target_layers(model, options.targets)
         check_rank(layers, options.rank)
@@ -126,6 +128,11 @@ def prepare(
             "--retain is missing.",
             "Give rows that must stay, or `--retain self` to sample them from the model itself, or `--retain-weight 0` "
             "to do without (the model then forgets how to speak).",
+        )
+    if retain is None and options.tune == "lora" and options.init.startswith("fila"):
+        raise InputError(
+            f"--init {options.init} compares the forget rows with retain rows, and --retain is missing.",
+            "Give --retain, or start without importance: --init lora.",
         )
     encoder = Encoder(tokenizer, template, options.max_length)
     encoded_forget = encoder.encode_records(forget, option="--forget")
@@ -148,11 +155,14 @@ def as_records(rows: Any, option: str, options: UnlearnOptions) -> RecordSet:
 
 def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:
     """Do the work of a checked job in its run folder: importance, adapter, training, export."""
+    data = _describe_data(job)
+    model_hash = weights_sha256(job.model)
+    run.check_inputs(data, model_hash)
+    _check_importance(job, options, model_hash)
     run.start(command="unlearn")
     if options.threads:
         torch.set_num_threads(options.threads)
-    model_hash = weights_sha256(job.model)
-    run.update(seed=options.seed, model=_describe_model(job.model, options, model_hash), data=_describe_data(job))
+    run.update(seed=options.seed, model=_describe_model(job.model, options, model_hash), data=data)
     try:
         trained = _adapt(job, run, options, model_hash) if options.tune == "lora" else _unfreeze(job.model)
         _train(trained, job, run, options)
@@ -187,6 +197,23 @@ def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -
     return model
 
 
+def _check_importance(job: Job, options: UnlearnOptions, model_hash: str) -> None:
+    """Raise InputError when --importance names a file that was made for something else."""
+    if options.tune != "lora" or not options.init.startswith("fila"):
+        return
+    if not options.importance or not Path(options.importance).is_file():
+        return
+    found, wanted = Importance.load(options.importance), importance_provenance(job, options.init, options, model_hash)
+    changed = sorted(k for k in wanted if found.provenance.get(k) != wanted[k])
+    if not changed and set(found.layers) != set(target_layers(job.model, options.targets)):
+        changed = ["targets"]
+    if changed:
+        raise InputError(
+            f"--importance '{options.importance}' was made for something else ({', '.join(changed)} differ).",
+            "Give the file made for this model and these rows, or a new file name to write.",
+        )
+
+
 def _importance(job: Job, run: RunFolder, options: UnlearnOptions, layers: Layers, model_hash: str) -> Importance:
     """Return the importance: from the file when nothing changed, else estimated and saved."""
     assert job.encoded_retain is not None
@@ -197,12 +224,6 @@ def _importance(job: Job, run: RunFolder, options: UnlearnOptions, layers: Layer
         if found.provenance == wanted and set(found.layers) == set(layers):
             console.print(f"importance: reused from {path} (nothing changed)")
             return found
-        if options.importance:
-            changed = sorted(k for k in wanted if found.provenance.get(k) != wanted[k]) or ["targets"]
-            raise InputError(
-                f"--importance '{path}' was made for something else ({', '.join(changed)} differ).",
-                "Give the file made for this model and these rows, or a new file name to write.",
-            )
     importance = measure_importance(job, options.init, options, layers, wanted)
     importance.save(path)
     return importance

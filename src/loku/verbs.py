@@ -88,16 +88,18 @@ def unlearn(options: UnlearnOptions) -> None:
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
-    from loku.models import load_model, load_tokenizer, weights_sha256
+    from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
     from loku.unlearning import importance_provenance, load_rows, measure_importance, prepare
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
+    if Path(options.output).is_dir():
+        raise InputError(f"--output '{options.output}' is a folder.", "Give a file name ending in .safetensors.")
+    check_model_source(options.model)
     settings = UnlearnOptions(
         **{name: value for name, value in options.as_dict().items() if name in UnlearnOptions.fields()}
     )
     forget, retain = load_rows(settings)
-    assert options.model is not None or load_model("")
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     model = load_model(
         str(options.model),

@@ -146,6 +146,14 @@ def test_restoring_a_torn_checkpoint_is_refused(tmp_path):
         restore(model, tmp_path)
 
 
+def test_restoring_another_models_checkpoint_is_refused(tmp_path):
+    save_checkpoint(anchored("gpt2"), tmp_path)
+    with pytest.raises(
+        InputError, match=r"belongs to another model \(.*transformer\.h\.0.*\)\.\nChoose another --output"
+    ):
+        restore(anchored(), tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_export_is_an_ordinary_lora_of_twice_the_rank(architecture, tmp_path):
     model = train(anchored(architecture))

@@ -7,7 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loku.adapters.initialisers import fila, lora, truncated_svd
+from builders import tiny_model
+from loku.adapters.importance import Importance
+from loku.adapters.initialisers import fila, initial_factors, lora, truncated_svd
+from loku.adapters.layers import target_layers
+from loku.errors import InputError
 
 
 def weight(rows=24, columns=16, seed=0):
@@ -115,3 +119,12 @@ def test_the_randomised_svd_captures_a_decaying_spectrum(shape):
     torch.testing.assert_close((u * s) @ vh, (U[:, :8] * S[:8]) @ Vh[:8], rtol=0, atol=1e-3)
     again = truncated_svd(matrix, 8, seed=5, method="randomised")
     assert torch.equal(again[0], u)
+
+
+def test_unknown_initialisers_and_missing_importance_are_refused():
+    layers = target_layers(tiny_model(), "q_proj")
+    with pytest.raises(InputError, match=r"--init 'filla' is not an initialiser\.\nDid you mean 'fila'\?"):
+        initial_factors(layers, "filla", rank=4, scaling=2.0)
+    for importance in (None, Importance({}, {})):
+        with pytest.raises(InputError, match=r"'fila' has no importance for the layer '.*q_proj'\.\nEstimate it for"):
+            initial_factors(layers, "fila", rank=4, scaling=2.0, importance=importance)

@@ -17,6 +17,9 @@ from loku.adapters.anchor import ANCHOR, TRAINED, is_anchored, lora_layers
 from loku.errors import InputError
 from loku.files import write_json
 
+# Settings of PEFT whose adapters are more, or scaled otherwise, than alpha / r * B A.
+BEYOND_LORA = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+
 
 @dataclass(frozen=True)
 class PortableLora:
@@ -160,6 +163,13 @@ def load_lora(folder: str | Path) -> PortableLora:
             "Give the `adapter` folder of a finished run.",
         )
     config: Mapping = json.loads(config_file.read_text())
+    beyond = [name for name in BEYOND_LORA if config.get(name)]
+    beyond += [key for key in load_file(weights_file) if not key.endswith((".lora_A.weight", ".lora_B.weight"))][:1]
+    if config.get("peft_type") != "LORA" or beyond or isinstance(config["target_modules"], str):
+        raise InputError(
+            f"'{folder}' is not an ordinary LoRA ({', '.join(beyond) or 'by its adapter_config.json'}).",
+            "Give an adapter that `loku` wrote.",
+        )
     factors: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     for key, tensor in load_file(weights_file).items():
         name, letter = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".lora_", 1)

@@ -87,10 +87,10 @@ def read_template(path: str | Path) -> Template:
         raise InputError(f"The prompt template '{path}' is not JSON ({error}).", _example()) from error
     if not isinstance(values, dict):
         raise InputError(f"The prompt template '{path}' is not a JSON object.", _example())
-    if set(values) == {"system_prompt"}:
-        return ChatTemplate(values["system_prompt"])
+    chat = set(values) == {"system_prompt"}
     valid = {
-        field.name: bool if field.name == "supervise_answer_tag" else str for field in dataclasses.fields(TagTemplate)
+        field.name: bool if field.name == "supervise_answer_tag" else str
+        for field in dataclasses.fields(ChatTemplate if chat else TagTemplate)
     }
     for name, value in values.items():
         if name not in valid:
@@ -99,7 +99,7 @@ def read_template(path: str | Path) -> Template:
             raise InputError(
                 f"The prompt template '{path}' gives {value!r} for '{name}'.", f"'{name}' takes {valid[name].__name__}."
             )
-    return TagTemplate(**values)
+    return ChatTemplate(**values) if chat else TagTemplate(**values)
 
 
 def save_template(template: Template, folder: str | Path) -> None:

@@ -110,7 +110,9 @@ def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]
             continue
         if column in LISTS:
             answers = [value] if isinstance(value, str) else value
-            if not isinstance(answers, Sequence) or not all(isinstance(answer, str) for answer in answers):
+            if not isinstance(answers, Sequence) or not all(
+                isinstance(answer, str) and answer.strip() for answer in answers
+            ):
                 raise InputError(
                     f"{source}: row {index} has something else than texts in '{column}'.",
                     "Give a list of texts.",

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from loku.files import sha256_json
 BENCHMARKS = {"tofu": "locuslab/TOFU"}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,13 @@ def _record_set(rows: list[Any], name: str, option: str, origin: str, offset: in
         import dataclasses
 
         records = [dataclasses.replace(record, index=record.index + offset) for record in records]
-    return RecordSet(name, tuple(records), sha256_json([dict(row) for row in rows]), origin)
+    try:
+        digest = sha256_json([dict(row) for row in rows])
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{option} '{name}' holds half of a surrogate pair, which is no character.", "Mend the text that has it."
+        ) from error
+    return RecordSet(name, tuple(records), digest, origin)
 
 
 def _slice(source: str, option: str) -> tuple[str, int, int | None]:
@@ -129,13 +136,25 @@ def _read_file(path: Path, option: str) -> list[Any]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{option} '{path}' cannot be read: {error}.", "Give a whole file in UTF-8.") from error
     if name.endswith(".csv"):
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+        return _parse_csv(text, path, option)
     if name.endswith((".jsonl", ".json")):
         return _parse_json(text, path, option)
     raise InputError(f"{option} '{path}' has no known ending.", f"Give one of {', '.join(SUFFIXES)}.")
+
+
+def _parse_csv(text: str, path: Path, option: str) -> list[Any]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    for index, row in enumerate(rows):
+        if None in row:
+            raise InputError(
+                f"{option} '{path}': row {index} has more fields than the header.",
+                "Put texts that hold commas into double quotes.",
+            )
+    return rows
 
 
 def _parse_json(text: str, path: Path, option: str) -> list[Any]:
@@ -196,7 +215,7 @@ def _read_hub(dataset: str, config: str | None, split: str, option: str, name: s
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # datasets and huggingface_hub raise subclasses of these for a missing dataset, config, split or network
         raise InputError(
-            f"{option} '{name}' cannot be loaded from the hub: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"{option} '{name}' cannot be loaded from the hub: {(str(error) or repr(error)).splitlines()[0]}",
             "Check the name and the connection; or set LOKU_DATA_DIR (or --data-dir) to a folder that holds "
             f"'{name}.json', or give a local file.",
         ) from error

@@ -1,0 +1,52 @@
+"""The methods by name: complete, and what they say is what they do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from loku.config import UnlearnOptions
+from loku.losses.forget import FORGET_LOSSES
+from loku.losses.retain import RETAIN_LOSSES
+from loku.methods import METHODS
+
+
+def test_the_methods_of_the_papers_are_there():
+    assert list(METHODS) == ["loku", "ihl", "npo", "graddiff", "ga"]
+    assert METHODS["loku"].settings == {
+        "forget_loss": "ihl",
+        "retain_loss": "nll",
+        "retain_weight": 1.0,
+        "init": "fila",
+    }
+    assert METHODS["ihl"].settings == METHODS["loku"].settings | {"init": "lora"}
+    assert METHODS["graddiff"].settings == METHODS["ga"].settings | {"retain_weight": 1.0}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_described_and_sets_every_switch(name):
+    method = METHODS[name]
+    assert all((method.family, method.needs, method.cost, method.when, method.source))
+    assert "arXiv" in method.source
+    assert (
+        set(method.settings) == {"forget_loss", "retain_loss", "retain_weight", "init"} <= set(UnlearnOptions.fields())
+    )
+    assert method.settings["forget_loss"] in FORGET_LOSSES
+    assert method.settings["retain_loss"] in RETAIN_LOSSES
+    UnlearnOptions(method=name, **method.settings).check()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_and_cost_agree_with_the_settings(name):
+    method = METHODS[name]
+    assert (method.needs == "forget rows only") == (method.settings["retain_weight"] == 0)
+    assert ("one forward pass" in method.cost) == (method.settings["retain_weight"] == 0)
+    assert ("importance" in method.cost) == (method.settings["init"] == "fila")
+    assert ("reference" in method.cost) == FORGET_LOSSES[method.settings["forget_loss"]].needs_reference
+
+
+def test_the_list_of_methods_needs_no_torch():
+    code = "import sys, loku.methods\nassert not {'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,171 @@
+"""Retain rows sampled from the model itself: seeded, free of the forget set, and nothing else is touched."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from builders import byte_level_tokenizer, tiny_model
+from conftest import rows
+from loku import retain_self
+from loku.data.encoding import Encoder
+from loku.data.prompts import ChatTemplate, TagTemplate
+from loku.data.records import Record, parse_rows
+from loku.errors import InputError
+from loku.models import weights_sha256
+from loku.retain_self import sample_retain
+
+TOKENIZER = byte_level_tokenizer()
+FORGET = parse_rows(rows(3), "rows")
+
+
+def sample(model=None, template=None, forget=FORGET, **options):
+    options = {"rows": 6, "length": 10, "seed": 3} | options
+    return sample_retain(model or tiny_model(), TOKENIZER, template, forget, **options)
+
+
+def says(monkeypatch, *texts):
+    """Let the model say these texts, in turn."""
+    batches = []
+
+    def spoken(model, tokenizer, start, count, length):
+        batches.append(count)
+        return [texts[(sum(batches[:-1]) + i) % len(texts)] for i in range(count)]
+
+    monkeypatch.setattr(retain_self, "_sample", spoken)
+    return batches
+
+
+def fivegrams(text):
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+def test_the_seed_decides():
+    one, two = sample(), sample()
+    assert one == two
+    assert [record.text for record in one] != [record.text for record in sample(seed=4)]
+    torch.manual_seed(77)
+    assert sample() == one
+    assert len(one) == 6
+    assert all(record.is_text for record in one)
+    assert [record.index for record in one] == list(range(6))
+    assert one.origin == "memory"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_and_the_random_numbers_are_left_as_they_were(training, monkeypatch):
+    model = tiny_model().train(training)
+    digest = weights_sha256(model)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    before = torch.random.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    seen = []
+    original = retain_self._sample
+    monkeypatch.setattr(retain_self, "_sample", lambda m, *rest: (seen.append(m.training), original(m, *rest))[1])
+    sample(model)
+    assert not any(seen)  # without dropout
+    assert model.training == training
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert weights_sha256(model) == digest
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_model_is_left_as_it_was_after_an_error_too(monkeypatch):
+    model = tiny_model().train()
+    before = torch.random.get_rng_state()
+
+    def fails(*_):
+        torch.rand(3)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(retain_self, "_sample", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(model)
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+FORMATS = [
+    Record(0, "Who?", "Mira Voss was born in Tarnhollow."),
+    Record(0, "Mira Voss was", " born in Tarnhollow, Mira Voss was born in Tarnhollow", verbatim=True),
+    Record(0, text="They say Mira Voss was born in Tarnhollow."),
+    Record(0, messages=(("user", "Who?"), ("assistant", "Mira Voss was born in Tarnhollow."))),
+]
+
+
+@pytest.mark.parametrize("record", FORMATS)
+def test_no_five_words_in_a_row_are_the_forget_sets(monkeypatch, record):
+    dropped = [
+        "She said: MIRA VOSS, was born... in Oos",
+        "that Voss was born in\nTarnhollow then",
+        "Mira Voss was born in",
+    ]
+    kept = ["Mira Voss was painted in Tarnhollow", "Voss was born in Oos", "Who lives in Tarnhollow?"]
+    says(monkeypatch, *(text for pair in zip(dropped, kept, strict=True) for text in pair))
+    found = [r.text for r in sample(forget=[record], rows=20)]
+    assert set(found) == set(kept)
+    forbidden = fivegrams(" ".join([record.answer or "", record.text or "", *(t for _, t in record.messages)]))
+    assert all(forbidden.isdisjoint(fivegrams(text)) for text in found)
+
+
+def test_what_the_forget_questions_say_may_be_said(monkeypatch):
+    says(monkeypatch, "Where was person 1 born?")
+    assert len(sample()) == 6
+
+
+def test_empty_and_one_token_texts_are_replaced(monkeypatch):
+    says(monkeypatch, "", " \n", "a", "Odo Brill")
+    found = sample(rows=5)
+    assert {record.text for record in found} == {"Odo Brill"}
+    Encoder(TOKENIZER, TagTemplate()).encode_records(found)
+
+
+def test_too_few_texts_are_refused(monkeypatch):
+    answer = FORGET[0].answer
+    batches = says(monkeypatch, *([answer] * 39), "Odo Brill paints")
+    sentence = (
+        r"--retain self found only 6 of 50 sampled texts that do not repeat the forget set\.\nGive retain rows of"
+    )
+    with pytest.raises(InputError, match=sentence):
+        sample(rows=50, batch_size=32)
+    assert batches == [32] * 8  # it does not try for ever
+
+
+def test_sampling_stops_when_there_are_enough(monkeypatch):
+    batches = says(monkeypatch, "Odo Brill paints", "Odo Brill rests")
+    assert [record.text for record in sample(rows=3, batch_size=2)] == [
+        "Odo Brill paints", "Odo Brill rests", "Odo Brill paints",
+    ]  # fmt: skip
+    assert batches == [2, 2]
+
+
+def test_texts_start_where_a_question_would_start():
+    tagged = sample(template=TagTemplate())
+    assert all(record.text.startswith("Question:") for record in tagged)
+    bare = sample(template=None)
+    assert not any(record.text.startswith("Question:") for record in bare)
+
+
+def opening(template, tokenizer=TOKENIZER):
+    return tokenizer.decode(retain_self._opening(tokenizer, template))
+
+
+def test_openings(monkeypatch):
+    chatty = byte_level_tokenizer.__wrapped__()
+    chatty.chat_template = (
+        "{% for m in messages %}({{ m['role'] }}) {{ m['content'] }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}(assistant){% endif %}"
+    )
+    assert opening(ChatTemplate(), chatty) == "(user) "
+    assert opening(TagTemplate()) == "Question:"
+    assert opening(TagTemplate("[INST] ")) == "[INST]"
+    assert opening(None) == "<|endoftext|>"  # the end of a sequence starts one where there is no start
+    assert opening(TagTemplate(question_start_tag="")) == "<|endoftext|>"
+    starts = byte_level_tokenizer.__wrapped__()
+    starts.bos_token = "<|pad|>"
+    assert opening(None, starts) == "<|pad|>"
