@@ -10,8 +10,7 @@ from loku import config
 from loku.adapters.initialisers import INITIALISERS
 from loku.config import UnlearnOptions, read_recipe, resolve
 from loku.errors import InputError
-from loku.losses.forget import FORGET_LOSSES
-from loku.losses.retain import RETAIN_LOSSES
+from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
 from loku.methods import METHODS
 
 OPTION_SETS = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Options)]

@@ -117,7 +117,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path, loss, reta
     assert worst < 2e-4 * max(map(abs, curves[0]))
 
 
-# What must fall in training: the loss itself, or, where its value is weighted by what it changes, the answers' likelihood.
+# What must fall: the loss itself or, where its value is weighted by what it changes, the answers' likelihood.
 WEIGHTED_BY_THEMSELVES = {"wga", "satimp", "ce_u", "undial"}
 
 
@@ -173,9 +173,7 @@ def test_combined_gradients_do_not_depend_on_micro_batches(tmp_path, combine):
 def test_a_combiner_that_adds_is_the_weighted_sum(tmp_path):
     settings = {"forget_weight": 0.5, "retain_weight": 2.0, "options": {"batch_size": 2, "grad_accum": 2}}
     trainer(tmp_path / "sum", **settings).train()
-    trainer(
-        tmp_path / "added", combine=lambda f, r: [a + b for a, b in zip(f, r, strict=True)], **settings
-    ).train()
+    trainer(tmp_path / "added", combine=lambda f, r: [a + b for a, b in zip(f, r, strict=True)], **settings).train()
     for one, other in zip(curve(tmp_path / "sum"), curve(tmp_path / "added"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 

@@ -368,7 +368,7 @@ def test_weights_that_are_not_finite_are_not_handed_over(tmp_path, monkeypatch):
         with torch.no_grad():
             next(p for p in model.parameters() if p.requires_grad)[0, 0] = float("nan")
 
-    monkeypatch.setattr("loku.unlearning._train", poisons)
+    monkeypatch.setattr("loku.training._train", poisons)
     with pytest.raises(
         DivergenceError, match=r"The trained weight '.*lora_A.*' is not finite\.\nLower --learning-rate"
     ):

@@ -20,12 +20,12 @@ from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.evaluation.tofu import evaluate_tofu
+from loku.job import Job, UnlearnResult
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
 from loku.report.card import write_model_card
 from loku.report.html import write_report
 from loku.runs import RunFolder
-from loku.unlearning import Job, UnlearnResult
 
 # What the summary table shows: heading, set, metric.
 COLUMNS = (

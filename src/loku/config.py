@@ -15,8 +15,11 @@ from typing import Any, Self
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
 
-FORGET_LOSSES = ("ihl", "grad_ascent", "npo")
-RETAIN_LOSSES = ("nll",)
+FORGET_LOSSES = (
+    "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",
+)  # fmt: skip
+RETAIN_LOSSES = ("nll", "kl", "hidden", "ap")
+COMBINERS = ("sum", "pcgrad", "gru", "primal-dual")
 INITIALISERS = ("fila", "fila-official", "lora")
 
 
@@ -30,6 +33,11 @@ def option(
 ) -> Any:
     """Define an option: default, help text, valid names or smallest value, and where the default is from."""
     return field(default=default, metadata={"help": help, "choices": choices, "source": source, "least": least})
+
+
+def pairs(help: str) -> Any:
+    """Define an option that holds name=value pairs: a mapping in YAML, comma-separated on the command line."""
+    return field(default_factory=dict, metadata={"help": help, "choices": None, "source": None, "least": None})
 
 
 class Options:
@@ -75,7 +83,22 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _parse_pairs(name: str, text: str) -> dict[str, Any]:
+    """Read `beta=0.2,skip_first=false`."""
+    import yaml
+
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"{flag(name)} has '{part}', which is no pair.", "Write name=value, separated by commas.")
+        found[key.strip()] = yaml.safe_load(value)
+    return found
+
+
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is dict and isinstance(value, str):
+        return _parse_pairs(name, value)
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -152,9 +175,24 @@ class UnlearnOptions(TrainingOptions):
     retain_loss: str = option("nll", "loss on the retain set", choices=RETAIN_LOSSES, source="LoKU")
     forget_weight: float = option(1.0, "weight of the forget loss", source="LoKU, released scripts", least=0)
     retain_weight: float = option(1.0, "weight of the retain loss", source="LoKU, released scripts", least=0)
-    beta: float = option(0.1, "NPO's beta", source="Zhang et al. 2024", least=1e-6)
+    forget_options: dict[str, Any] = pairs("the forget loss's own options, such as beta=0.2; see docs/losses.md")
+    retain_options: dict[str, Any] = pairs("the retain loss's own options")
+    combine: str = option("sum", "how the two gradients meet", choices=COMBINERS, source="LoKU")
+    retain_bound: float | None = option(None, "primal-dual: what the retain loss is to stay below, in nats")
+    dual_rate: float = option(
+        1.0,
+        "primal-dual: step of the retain weight per nat above the bound",
+        source="PDU: Entesari et al. 2025",
+        least=0,
+    )
+    layer: int | None = option(None, "decoder layer of losses on hidden states (default: 7, or the middle one)")
+    refusals: str | None = option(None, "text file of refusals for dpo, idk and ap, one a line (default: 20 built in)")
+    level_model: str | None = option(
+        None, "ihl: a model that never saw the forget set; tokens below its probability stop sharpening the runner-up"
+    )
     init: str = option("fila", "how the adapter starts", choices=INITIALISERS, source="LoKU")
     tune: str = option("lora", "lora trains an adapter; full trains all weights of a copy", choices=("lora", "full"))
+    tune_layers: int | None = option(None, "with --tune full: only this many last decoder layers", least=1)
     rank: int = option(16, "LoRA rank", source="LoKU: 4, 8, 16 and 32", least=1)
     alpha: float | None = option(None, "LoRA alpha (default: twice the rank)", source="LoKU, released scripts")
     targets: str = option(

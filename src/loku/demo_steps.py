@@ -20,11 +20,12 @@ from loku.data.sources import RecordSet, load_records
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.results import Results, read_results, write_results
 from loku.finetune import train_model
+from loku.job import prepare
 from loku.models import load_model, load_tokenizer
 from loku.progress import forward_to
 from loku.quiet import quiet_libraries
 from loku.runs import RunFolder
-from loku.unlearning import prepare, run_job
+from loku.training import run_job
 
 METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
 EVAL_ROWS = 96

@@ -16,8 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
 )
 
 from loku.config import FinetuneOptions
@@ -29,7 +27,7 @@ from loku.errors import InputError
 from loku.models import load_config, load_model, load_tokenizer, pick_device, weights_sha256
 from loku.progress import console, progress
 from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
-from loku.trainer import TrainingProgress, steps_per_epoch, training_arguments
+from loku.trainer import GuardedTrainer, TrainingProgress, check_finite, steps_per_epoch, training_arguments
 
 
 def finetune(options: FinetuneOptions) -> Path:
@@ -48,6 +46,9 @@ def finetune(options: FinetuneOptions) -> Path:
     counts = encoded.counts
     data = {"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}}
     run.check_inputs(data)
+    if run.finished and any(run.path.glob("*.safetensors")):
+        console.print(f"{run.path} is finished: nothing to do.")
+        return run.path
     console.print(
         f"finetune: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
         f"({counts.supervised_tokens:,} supervised tokens), template {template.describe()}"
@@ -84,16 +85,17 @@ def train_model(
         **options.as_dict(),
     )
     with progress(title) as update:
-        trainer = Trainer(
+        trainer = GuardedTrainer(
             model=model,
             args=arguments,
             train_dataset=_Examples(encoded.examples),
             data_collator=lambda batch: pad_batch(batch, pad_id),
             callbacks=[MetricsLog(run.metrics), TrainingProgress(update)],
+            max_loss=options.max_loss,
         )
-        trainer.remove_callback(PrinterCallback)
         with run.timed("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    check_finite(model)
     model.eval()
 
 

@@ -64,6 +64,12 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the list of decoder layers of a model: the one as long as the configuration says."""
+    wanted = text_config(model).num_hidden_layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted)
+
+
 def every_token(batch: Batch) -> Tensor:
     """Return labels that supervise every token but padding."""
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE)

@@ -59,8 +59,7 @@ class Meeting:
             self._sides[side] = gradients
             return
         self._sides[side] = [
-            old if new is None else new if old is None else old + new
-            for old, new in zip(kept, gradients, strict=True)
+            old if new is None else new if old is None else old + new for old, new in zip(kept, gradients, strict=True)
         ]
 
     def finish(self, parameters: Sequence[Tensor], accelerator: Any) -> None:

@@ -1,23 +1,28 @@
 """What the target model says about a batch: cached log-probabilities, or its logits and hidden states.
 
-The target model is the same weights with the adapters off; with adapters no second copy is ever loaded. When all weights
-are trained, log-probabilities are computed before the first step, and a frozen copy is made only for losses that need
-full distributions or hidden states.
+The target model is the same weights with the adapters off; with adapters no second copy is ever loaded. When all
+weights are trained, log-probabilities are computed before the first step, and a frozen copy is made only for losses
+that need full distributions or hidden states.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loku.adapters.anchor import target_model
 from loku.data.batching import pad_batch
 from loku.data.encoding import Example
+from loku.files import json_line, replace_file
 from loku.forward import Batch, Forward
 from loku.losses.positions import IGNORE
 
@@ -92,3 +97,22 @@ def weighted_sum(example: Example, logprobs: Tensor) -> Tensor:
         return logprobs.sum()
     weights = [w for label, w in zip(example.labels[1:], example.token_weights[1:], strict=True) if label != IGNORE]
     return (logprobs * torch.tensor(weights)).sum()
+
+
+def write_logprobs(path: str | Path, values: Sequence[Tensor], provenance: Mapping[str, Any]) -> None:
+    """Write token log-probabilities as safetensors: one flat tensor, the sequences' lengths, and their provenance."""
+    tensors = {"logprobs": torch.cat(list(values)), "lengths": torch.tensor([len(value) for value in values])}
+    metadata = {"provenance": json_line(dict(provenance))}
+    replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def read_logprobs(path: str | Path, provenance: Mapping[str, Any]) -> list[Tensor] | None:
+    """Read what `write_logprobs` wrote, or return None when there is no such file or it was made for something else."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            if (handle.metadata() or {}).get("provenance") != json_line(dict(provenance)):
+                return None
+            flat, lengths = handle.get_tensor("logprobs"), handle.get_tensor("lengths")
+    except (OSError, SafetensorError):
+        return None
+    return list(flat.split(lengths.tolist()))

@@ -21,7 +21,59 @@ from loku.meeting import Combiner, Meeting, load_weight, save_weight
 from loku.objective import Objective, OnLogits, Term, forget_term, retain_term
 
 
-class UnlearnTrainer(Trainer):
+class GuardedTrainer(Trainer):
+    """transformers' Trainer that stops when training blows up, before a bad checkpoint can replace a good one.
+
+    Raises DivergenceError when a logged loss or gradient norm is not finite, when a loss exceeds `max_loss` in size,
+    and when a weight is not finite as a checkpoint is about to be written.
+    """
+
+    def __init__(self, *args: Any, max_loss: float, callbacks: list[TrainerCallback], **more: Any) -> None:
+        super().__init__(*args, callbacks=[_Guard(max_loss), *callbacks], **more)
+        self.remove_callback(PrinterCallback)
+
+    def _save_checkpoint(self, *args: Any, **more: Any) -> None:
+        check_finite(self.model)
+        super()._save_checkpoint(*args, **more)
+
+
+class _Guard(TrainerCallback):
+    """Looks at every logged step; logs come before the step's checkpoint."""
+
+    def __init__(self, max_loss: float) -> None:
+        self.max_loss = max_loss
+
+    def on_log(
+        self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        for name in ("forget_loss", "retain_loss", "loss", "grad_norm"):
+            value = float((logs or {}).get(name, 0.0))
+            too_large = name != "grad_norm" and abs(value) > self.max_loss
+            if math.isfinite(value) and not too_large:
+                continue
+            kind = "is not finite" if not math.isfinite(value) else f"exceeds --max-loss {self.max_loss:g}"
+            what = "gradient norm" if name == "grad_norm" else name.replace("_", " ")
+            raise DivergenceError(
+                f"The {what} {kind} at step {state.global_step}: {value:g}.",
+                f"Lower --learning-rate (now {args.learning_rate:g}) or choose a bounded loss such as ihl, in a new "
+                f"--output folder. {KEPT}",
+            )
+
+
+KEPT = "Checkpoints from before are kept under `checkpoints`."
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise DivergenceError when a trainable weight is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise DivergenceError(
+                f"The trained weight '{name}' is not finite.",
+                f"Lower --learning-rate, in a new --output folder. {KEPT}",
+            )
+
+
+class UnlearnTrainer(GuardedTrainer):
     """Minimise forget_weight * forget loss + retain_weight * retain loss over pairs of forget and retain rows.
 
     An epoch visits every forget example once; each is paired with a retain example, drawn cyclically so that all
@@ -102,10 +154,14 @@ class UnlearnTrainer(Trainer):
             args=args,
             train_dataset=dataset,
             data_collator=PairedCollator(pad_id),
-            callbacks=[_Epochs(dataset), _Guard(self, max_loss), *(callbacks or [])],
+            callbacks=[
+                _Epochs(dataset),
+                *([_DualAscent(self)] if retain_bound is not None else []),
+                *(callbacks or []),
+            ],
+            max_loss=max_loss,
         )
         self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Count what the two losses average over, in all micro-batches of the step and all processes."""
@@ -264,26 +320,15 @@ class _Epochs(TrainerCallback):
         self.dataset.set_epoch(math.floor(state.epoch or 0))
 
 
-class _Guard(TrainerCallback):
-    """Stop before a step's checkpoint is written when its losses are not finite, or absurd."""
+class _DualAscent(TrainerCallback):
+    """Move the retain weight after every step, where there is a bound."""
 
-    def __init__(self, trainer: UnlearnTrainer, max_loss: float) -> None:
+    def __init__(self, trainer: UnlearnTrainer) -> None:
         self.trainer = trainer
-        self.max_loss = max_loss
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        losses = self.trainer.step_losses()
-        for name, value in losses.items():
-            if math.isfinite(value) and abs(value) <= self.max_loss:
-                continue
-            kind = "is not finite" if not math.isfinite(value) else f"exceeds --max-loss {self.max_loss:g}"
-            raise DivergenceError(
-                f"The {name.replace('_', ' ')} {kind} at step {state.global_step}: {value:g}.",
-                f"Lower --learning-rate (now {args.learning_rate:g}) or choose a bounded loss such as ihl, in a new "
-                "--output folder. The last good checkpoint is kept under `checkpoints`.",
-            )
-        if "retain_loss" in losses:
-            self.trainer.adapt_weight(losses["retain_loss"])
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.meeting.bound is not None:
+            self.trainer.adapt_weight(self.trainer.step_losses()["retain_loss"])
 
 
 def training_arguments(folder: str | Path, steps_per_epoch: int, **options: Any) -> TrainingArguments:

@@ -60,9 +60,11 @@ def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
     from loku.assessment import assess, check_rows, load_assessment_rows
     from loku.data.prompts import resolve_template
+    from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
+    from loku.plan import print_plan
     from loku.runs import RunFolder
-    from loku.unlearning import load_rows, prepare, print_plan, run_job
+    from loku.training import run_job
 
     check_model_source(options.model)
     assert options.model is not None
@@ -88,8 +90,9 @@ def unlearn(options: UnlearnOptions) -> None:
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
+    from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
-    from loku.unlearning import importance_provenance, load_rows, measure_importance, prepare
+    from loku.training import importance_provenance, measure_importance
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")

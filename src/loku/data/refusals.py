@@ -38,15 +38,16 @@ REFUSALS = (
 
 def read_refusals(path: str | Path) -> tuple[str, ...]:
     """Read refusals, one a line. Raises InputError when the file is missing or empty."""
+    remedy = "Give a text file, one refusal a line."
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--refusals '{path}' cannot be read: {error}.", "Give a text file, one refusal a line.") from (
-            error
-        )
+        raise InputError(
+            f"--refusals '{path}' cannot be read: {error}.", "Give a text file, one refusal a line."
+        ) from (error)
     found = tuple(line.strip() for line in lines if line.strip())
     if not found:
-        raise InputError(f"--refusals '{path}' is empty.", "Give a text file, one refusal a line.")
+        raise InputError(f"--refusals '{path}' is empty.", remedy)
     return found
 
 

@@ -54,9 +54,7 @@ def satimp(
     return mean(weight * logprob, num_items, scores.weights)
 
 
-def ce_u(
-    scores: TokenScores, *, skip_first: bool = True, num_items: Tensor | float | None = None
-) -> Float[Tensor, ""]:
+def ce_u(scores: TokenScores, *, skip_first: bool = True, num_items: Tensor | float | None = None) -> Float[Tensor, ""]:
     """Cross entropy to the model's own distribution without the unwanted token (CE-U). Bounded gradient.
 
         loss = mean over supervised tokens of  -sum_{v != y} q_v log p_v,   q = sg(softmax of the logits without y)

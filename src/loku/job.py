@@ -1,0 +1,148 @@
+"""A checked job: model, rows and template, encoded. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loku.adapters.layers import check_rank, target_layers
+from loku.config import UnlearnOptions
+from loku.data.encoding import EncodedSet, Encoder, Example
+from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
+from loku.data.records import check_disjoint
+from loku.data.refusals import REFUSALS, encode_alternates, read_refusals
+from loku.data.sources import RecordSet, load_records
+from loku.errors import InputError
+from loku.forward import text_config
+from loku.meeting import Meeting
+from loku.models import check_model_source, check_tokenizer
+from loku.objective import forget_term, retain_term
+from loku.retain_self import sample_retain as sample_from_model
+
+SELF = "self"
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What `unlearn` gives back: the model with its adapters on, and the run folder."""
+
+    model: PeftModel | PreTrainedModel
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the exported ordinary LoRA (with tune="full": of the new model)."""
+        return self.folder / ("model" if (self.folder / "model").is_dir() else "adapter")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run needs, checked: nothing that can be refused is left to refuse once the work starts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: TagTemplate | ChatTemplate
+    forget: RecordSet
+    retain: RecordSet | None
+    encoder: Encoder
+    encoded_forget: EncodedSet
+    encoded_retain: EncodedSet | None
+    alternates: list[list[Example]] | None = None  # other answers to the forget prompts
+    retain_alternates: list[list[Example]] | None = None
+
+
+def load_rows(options: UnlearnOptions) -> tuple[RecordSet, RecordSet | str | None]:
+    """Read the forget and retain rows that the options name. Raises InputError when either is missing."""
+    if not options.forget:
+        raise InputError("--forget is missing.", "Give the rows that must go: a file, a dataset folder or a hub id.")
+    forget = load_records(options.forget, option="--forget", data_dir=options.data_dir)
+    retain: RecordSet | str | None = options.retain
+    if options.retain and options.retain != SELF:
+        retain = load_records(options.retain, option="--retain", data_dir=options.data_dir)
+    return forget, retain
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Any,
+    retain: Any,
+    options: UnlearnOptions,
+) -> Job:
+    """Check everything and encode the rows. Raises InputError; nothing is written or trained."""
+    check_tokenizer(tokenizer)
+    alternates_needed = check_objective(model, options)
+    template = resolve_template(tokenizer, options.model, options.prompt_template)
+    forget = as_records(forget, "--forget", options)
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise InputError("The model carries an adapter already.", "Give it without: `model = model.unload()`.")
+    if options.tune == "lora":
+        layers = target_layers(model, options.targets)
+        check_rank(layers, options.rank)
+    if retain is None and options.retain_weight:
+        raise InputError(
+            "--retain is missing.",
+            "Give rows that must stay, or `--retain self` to sample them from the model itself, or `--retain-weight 0` "
+            "to do without (the model then forgets how to speak).",
+        )
+    if retain is None and options.tune == "lora" and options.init.startswith("fila"):
+        raise InputError(
+            f"--init {options.init} compares the forget rows with retain rows, and --retain is missing.",
+            "Give --retain, or start without importance: --init lora.",
+        )
+    encoder = Encoder(tokenizer, template, options.max_length)
+    encoded_forget = encoder.encode_records(forget, option="--forget")
+    if isinstance(retain, str) and retain == SELF:
+        retain = sample_from_model(
+            model, tokenizer, template, forget.records, rows=options.self_rows, length=options.self_length,
+            seed=options.seed,
+        )  # fmt: skip
+    elif retain is not None:
+        retain = as_records(retain, "--retain", options)
+        check_disjoint(forget, retain)
+    encoded_retain = encoder.encode_records(retain, option="--retain") if retain is not None else None
+    refusals = read_refusals(options.refusals) if options.refusals else REFUSALS
+    others: list[Any] = [None, None]
+    for side, (records, option) in enumerate(((forget, "--forget"), (retain, "--retain"))):
+        if alternates_needed[side] and records is not None:
+            others[side] = encode_alternates(
+                encoder, records.records, refusals=refusals, seed=options.seed, option=option
+            )
+    return Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
+
+
+def check_objective(model: PreTrainedModel, options: UnlearnOptions) -> tuple[bool, bool]:
+    """Check losses, their options and how they meet. Returns which sides compare with other answers.
+
+    Raises InputError for what does not exist, or not for this model.
+    """
+    forget, retain = (
+        forget_term(options.forget_loss, options.forget_options),
+        retain_term(options.retain_loss, options.retain_options),
+    )
+    Meeting.named(options.combine, bound=options.retain_bound, rate=options.dual_rate)
+    layers = text_config(model).num_hidden_layers
+    if options.layer is not None and not -layers <= options.layer < layers:
+        raise InputError(f"--layer {options.layer} does not exist: the model has {layers}.", "Count from 0 or from -1.")
+    if options.tune_layers is not None:
+        if options.tune != "full":
+            raise InputError("--tune-layers is of no use with --tune lora.", "Add --tune full, or choose --targets.")
+        if options.tune_layers > layers:
+            raise InputError(
+                f"--tune-layers {options.tune_layers} is more than the model's {layers} layers.", "Give fewer."
+            )
+    if options.level_model is not None:
+        if options.forget_loss != "ihl":
+            raise InputError("--level-model is of no use without ihl.", "Choose --forget-loss ihl, or leave it out.")
+        check_model_source(options.level_model, option="--level-model")
+    return forget.needs("alternate"), retain.needs("alternate")
+
+
+def as_records(rows: Any, option: str, options: UnlearnOptions) -> RecordSet:
+    """Return rows given in any form as a record set."""
+    return rows if isinstance(rows, RecordSet) else load_records(rows, option=option, data_dir=options.data_dir)
