@@ -15,11 +15,12 @@ def positions(logits, labels):
                 yield b, torch.softmax(logits[b, t - 1].double(), dim=0), int(labels[b, t])
 
 
-def ihl(logits, labels, stop=0.0):
+def ihl(logits, labels, stop=0.0, beta=0.0):
     terms = []
     for _, p, y in positions(logits, labels):
         runner_up = torch.stack([p[v] for v in range(len(p)) if v != y]).max()
-        terms.append(1 + p[y] - (runner_up.detach() if p[y] < stop else runner_up))
+        weight = p[y].detach() ** beta
+        terms.append(weight * (1 + p[y] - (runner_up.detach() if p[y] < stop else runner_up)))
     return sum(terms) / len(terms)
 
 

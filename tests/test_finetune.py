@@ -127,3 +127,22 @@ def test_a_model_that_only_recites_the_forget_set_gives_no_retain_rows(monkeypat
     monkeypatch.setattr("loku.retain_self._sample", lambda *_: ["she said: One two, three four FIVE!"] * 4)
     with pytest.raises(InputError, match=r"found only 0 of 2 sampled texts.*\nGive retain rows of your own"):
         sample_retain(model, tokenizer, TagTemplate(), forget, rows=2, length=4, seed=0)
+
+
+def test_a_run_that_blows_up_writes_no_model(capsys, tmp_path, model_folder, forget_file):
+    arguments = ("finetune", "--model", model_folder, "--data", forget_file, "--output", tmp_path / "target")
+    status, _, err = run(capsys, *arguments, *FAST, "--learning-rate", "1e20", "--epochs", 20, "--warmup-steps", 0)
+    assert status == 1
+    assert "error: The " in err
+    assert "Lower --learning-rate" in err
+    assert not (tmp_path / "target" / "model.safetensors").exists()
+
+
+def test_a_finished_run_is_left_alone(capsys, tmp_path, model_folder, forget_file):
+    arguments = ("finetune", "--model", model_folder, "--data", forget_file, "--max-steps", 1, *FAST)
+    assert run(capsys, *arguments, "--output", tmp_path / "target")[0] == 0
+    before = (tmp_path / "target" / "model.safetensors").stat().st_mtime_ns
+    status, out, _ = run(capsys, *arguments, "--output", tmp_path / "target")
+    assert status == 0
+    assert "is finished: nothing to do." in out
+    assert (tmp_path / "target" / "model.safetensors").stat().st_mtime_ns == before

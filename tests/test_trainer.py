@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 from loku.adapters.anchor import ANCHOR, attach, lora_layers
@@ -328,6 +329,15 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     with pytest.raises(DivergenceError, match=r"The forget loss is not finite at step 5: nan\.\nLower --learning-rate"):
         run.train()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_no_checkpoint_of_a_run_that_blew_up_holds_nan(tmp_path):
+    options = {"save_steps": 1, "learning_rate": 1e20, "epochs": 10.0}
+    run = trainer(tmp_path, forget_loss="grad_ascent", options=options, max_loss=1e30)
+    with pytest.raises(DivergenceError, match=r"(is not finite).*\nLower --learning-rate"):
+        run.train()
+    for file in (tmp_path / "checkpoints").rglob("*.safetensors"):
+        assert all(torch.isfinite(value).all() for value in load_file(file).values())
 
 
 def test_an_exploding_loss_stops_the_run(tmp_path):

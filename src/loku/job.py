@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
 from loku.data.records import check_disjoint
 from loku.data.refusals import REFUSALS, encode_alternates, read_refusals
 from loku.data.sources import RecordSet, load_records
+from loku.data.spans import select_spans
 from loku.errors import InputError
 from loku.forward import text_config
 from loku.meeting import Meeting
@@ -96,7 +99,7 @@ def prepare(
             "Give --retain, or start without importance: --init lora.",
         )
     encoder = Encoder(tokenizer, template, options.max_length)
-    encoded_forget = encoder.encode_records(forget, option="--forget")
+    encoded_forget = with_spans(encoder.encode_records(forget, option="--forget"), forget, tokenizer)
     if isinstance(retain, str) and retain == SELF:
         retain = sample_from_model(
             model, tokenizer, template, forget.records, rows=options.self_rows, length=options.self_length,
@@ -114,6 +117,18 @@ def prepare(
                 encoder, records.records, refusals=refusals, seed=options.seed, option=option
             )
     return Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
+
+
+def with_spans(encoded: EncodedSet, records: RecordSet, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:
+    """Give the tokens of rows with `forget_spans` their weights; all tokens of other rows count."""
+    spans = {record.index: record.forget_spans for record in records if record.forget_spans}
+    if not spans:
+        return encoded
+    examples = []
+    for index, group in itertools.groupby(encoded.examples, key=lambda example: example.index):
+        found = list(group)
+        examples += select_spans(tokenizer, found, spans[index], row=index) if index in spans else found
+    return dataclasses.replace(encoded, examples=examples)
 
 
 def check_objective(model: PreTrainedModel, options: UnlearnOptions) -> tuple[bool, bool]:

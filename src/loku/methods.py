@@ -23,6 +23,7 @@ class Method:
 
 LOKU = "Cha et al. 2024, arXiv 2408.06621"
 TOFU = "Maini et al. 2024, arXiv 2401.06121"
+ME = "Yuan et al. 2024, arXiv 2410.08109"
 
 METHODS: dict[str, Method] = {
     "loku": Method(
@@ -64,5 +65,120 @@ METHODS: dict[str, Method] = {
         "one forward pass a step",
         "as a baseline: destroys the model when run for long",
         TOFU,
+    ),
+    "kl": Method(
+        "gradient ascent",
+        {"forget_loss": "grad_ascent", "retain_loss": "kl", "retain_weight": 1.0, "init": "lora"},
+        "retain rows",
+        "three forward passes a step, one of them of the target model",
+        "as a baseline: ascent held back by the target model's distribution on the retain set",
+        TOFU,
+    ),
+    "simnpo": Method(
+        "preference",
+        {
+            "forget_loss": "simnpo",
+            "forget_options": {"beta": 4.5, "delta": 0.0},
+            "forget_weight": 0.125,
+            "retain_loss": "nll",
+            "retain_weight": 1.0,
+            "init": "lora",
+        },
+        "retain rows",
+        "two forward passes a step",
+        "NPO without a pass over the target model; needs tuning (the settings are TOFU forget10's)",
+        "Fan et al. 2024, arXiv 2410.07163",
+    ),
+    "dpo": Method(
+        "preference",
+        {"forget_loss": "dpo", "retain_loss": "nll", "retain_weight": 1.0, "init": "lora"},
+        "retain rows; refusals, or an `alternate` column (AltPO)",
+        "two passes over the forget set for the reference, then three forward passes a step",
+        "to put another answer in place of the unwanted one",
+        "Mekala et al. 2024, arXiv 2409.13474",
+    ),
+    "idk": Method(
+        "other answers",
+        {"forget_loss": "idk", "retain_loss": "nll", "retain_weight": 1.0, "init": "lora"},
+        "retain rows; refusals, or an `alternate` column",
+        "two forward passes a step",
+        "when the model should say that it does not know",
+        TOFU,
+    ),
+    "idk-ap": Method(
+        "other answers",
+        {"forget_loss": "idk", "retain_loss": "ap", "retain_weight": 1.0, "init": "lora"},
+        "retain rows; refusals, or an `alternate` column",
+        "three forward passes a step",
+        "as idk, without refusing retain questions too",
+        ME,
+    ),
+    "me": Method(
+        "entropy",
+        {
+            "forget_loss": "max_entropy",
+            "forget_weight": 0.1,
+            "retain_loss": "nll",
+            "retain_weight": 1.0,
+            "init": "lora",
+        },
+        "retain rows",
+        "two forward passes a step",
+        "when no confident substitute may take the place of what must go",
+        ME,
+    ),
+    "pdu": Method(
+        "entropy",
+        {
+            "forget_loss": "pdu",
+            "retain_loss": "nll",
+            "retain_weight": 50.0,
+            "combine": "primal-dual",
+            "init": "lora",
+        },
+        "retain rows; --retain-bound, a little above the retain loss before unlearning",
+        "two forward passes a step",
+        "flat predictions under a guarantee on the retain loss",
+        "Entesari et al. 2025, arXiv 2506.05314",
+    ),
+    "wga": Method(
+        "gradient ascent",
+        {"forget_loss": "wga", "retain_loss": "nll", "retain_weight": 1.0, "init": "lora"},
+        "retain rows",
+        "two forward passes a step",
+        "ascent that leaves forgotten tokens alone; a strong simple baseline",
+        "Wang et al. 2025, arXiv 2502.19301",
+    ),
+    "satimp": Method(
+        "gradient ascent",
+        {"forget_loss": "satimp", "retain_loss": "nll", "retain_weight": 0.1, "init": "lora"},
+        "retain rows",
+        "two forward passes a step",
+        "ascent on tokens that are likely but not certain",
+        "Yang et al. 2025, arXiv 2505.11953",
+    ),
+    "ce-u": Method(
+        "bounded loss",
+        {"forget_loss": "ce_u", "retain_loss": "nll", "retain_weight": 0.0, "init": "lora"},
+        "forget rows only",
+        "one forward pass a step",
+        "cheap and bounded, but nothing protects the rest",
+        "Yang 2025, arXiv 2503.01224",
+    ),
+    "undial": Method(
+        "distillation",
+        {"forget_loss": "undial", "retain_loss": "nll", "retain_weight": 0.0, "init": "lora"},
+        "forget rows only",
+        "one forward pass a step, and one of the target model",
+        "stable without retain rows",
+        "Dong et al. 2024, arXiv 2402.10052",
+    ),
+    "rmu": Method(
+        "hidden states",
+        {"forget_loss": "rmu", "retain_loss": "hidden", "retain_weight": 1.0, "init": "lora"},
+        "retain rows; a --layer that suits the model",
+        "three forward passes a step, one of them of the target model",
+        "for hazardous topics rather than single facts; leaves gibberish",
+        "Li et al. 2024, arXiv 2403.03218",
     ),
 }

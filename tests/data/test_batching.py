@@ -92,7 +92,7 @@ def test_partners_depend_on_seed_and_epoch_only():
 @pytest.mark.parametrize("retain", [None, []])
 def test_without_retain_rows_there_is_no_partner(retain):
     dataset = PairedDataset([example(0, 3)], retain)
-    assert dataset[0] == {"forget": example(0, 3), "retain": None, "position": 0}
+    assert dataset[0] == {"forget": example(0, 3), "position": 0}
     assert set(PairedCollator(PAD)([dataset[0]])) == {"forget"}
 
 

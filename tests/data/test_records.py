@@ -35,12 +35,14 @@ def test_optional_columns():
         "paraphrased_answer": "It was Odo.",
         "perturbed_answer": ["Mira.", "Ulm."],
         "alternate": "I do not know.",
+        "forget_spans": ["Odo"],
     }
     (record,) = parse_rows([row | more], "rows")
     assert record.paraphrased_question == "Name him?"
     assert record.paraphrased_answer == "It was Odo."
     assert record.perturbed_answers == ("Mira.", "Ulm.")
-    assert record.alternate == "I do not know."
+    assert record.alternates == ("I do not know.",)
+    assert record.forget_spans == ("Odo",)
     assert parse_rows([row | {"perturbed_answer": "Mira."}], "rows")[0].perturbed_answers == ("Mira.",)
     assert parse_rows([row | dict.fromkeys(more)], "rows") == [Record(0, "Who?", "Odo.")]
 
@@ -69,7 +71,7 @@ SECRET = "Tarnhollow"
         ([{"text": [SECRET]}], "row 0 has list in 'text', not text.", "Give text in every row."),
         ([QA, QA | {"answer": " \n"}], "row 1 has an empty 'answer'.", "Fill it in, or leave the row out."),
         ([QA | {"paraphrased_answer": ""}], "row 0 has an empty 'paraphrased_answer'.", "Fill it in"),
-        ([QA | {"alternate": 3}], "row 0 has int in 'alternate', not text.", "Give text in every row."),
+        ([QA | {"alternate": 3}], "row 0 has something else than texts in 'alternate'.", "Give a list of texts."),
         ([QA | {"perturbed_answer": [1]}], "row 0 has something else than texts in 'perturbed_answer'.", "Give a list"),
         ([QA | {"perturbed_answer": 7}], "has something else than texts in 'perturbed_answer'.", "Give a list of"),
         ([QA | {"perturbed_answer": [SECRET, " "]}], "something else than texts in 'perturbed_answer'.", "Give a list"),

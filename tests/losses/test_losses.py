@@ -67,6 +67,7 @@ def on_teacher(function, **options):
 CASES = {
     "ihl": (on_scores(hinge.ihl, "scores"), slow.ihl),
     "ihl, stopped": (on_scores(hinge.ihl, "scores", stop=0.3), lambda z, y: slow.ihl(z, y, stop=0.3)),
+    "ihl, weighted": (on_scores(hinge.ihl, "scores", beta=0.5), lambda z, y: slow.ihl(z, y, beta=0.5)),
     "grad_ascent": (on_scores(forget.grad_ascent, "scores"), slow.grad_ascent),
     "nll": (on_scores(retain.nll, "scores"), slow.nll),
     "wga": (on_scores(forget.wga, "scores", beta=0.7), lambda z, y: slow.wga(z, y, 0.7)),

@@ -35,6 +35,7 @@ class Record:
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
     alternates: tuple[str, ...] = ()
+    forget_spans: tuple[str, ...] = ()
 
     @property
     def is_text(self) -> bool:
@@ -44,8 +45,9 @@ class Record:
 
 FORMATS = "question/answer, prompt/completion, text, or messages"
 REQUIRED = ("question", "answer", "prompt", "completion", "text", "messages")
-OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate")
-LISTS = {"perturbed_answer": "perturbed_answers", "alternate": "alternates"}  # columns that may hold several texts
+OPTIONAL = ("paraphrased_question", "paraphrased_answer", "perturbed_answer", "alternate", "forget_spans")
+# Columns that may hold several texts, and the fields they fill.
+LISTS = {"perturbed_answer": "perturbed_answers", "alternate": "alternates", "forget_spans": "forget_spans"}
 
 
 def parse_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Record]:
@@ -160,7 +162,8 @@ def _turns(value: Any, index: int, source: str) -> tuple[tuple[str, str], ...]:
 
 
 def _parse_text(row: Mapping[str, Any], index: int, source: str) -> Record:
-    return Record(index, text=_text(row, "text", index, source))
+    spans = _optional({"forget_spans": row.get("forget_spans")}, index, source)  # the only one that a text can have
+    return Record(index, text=_text(row, "text", index, source), **spans)
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any], int, str], Record]] = {

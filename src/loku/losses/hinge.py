@@ -15,6 +15,7 @@ def ihl(
     level: Float[Tensor, " tokens"] | None = None,
     *,
     stop: float = 0.0,
+    beta: float = 0.0,
     num_items: Tensor | float | None = None,
 ) -> Float[Tensor, ""]:
     """Push the unwanted token's probability down and the runner-up's up (Inverted Hinge Loss, IHL).
@@ -29,10 +30,11 @@ def ihl(
 
     The stop mask ends that, and is off by default: where p_y has fallen below `stop`, or below `level` (the token's
     log-probability, in nats, under a model that should not be undercut, such as one that never saw the forget set),
-    the runner-up's term keeps its value but has no gradient.
+    the runner-up's term keeps its value but has no gradient. With `beta` above 0 each token is weighted by
+    sg(p_y)^beta, as in WGA, so that both pushes fade together (sg stops the gradient).
 
     Source: Cha, Cho, Hwang and Lee, "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs", ICLR
-    2025 (arXiv 2408.06621), the IHL equation. The stop mask is ours.
+    2025 (arXiv 2408.06621), the IHL equation. Stop mask and weights are ours.
     """
     label, runner_up = scores.label_prob, scores.runner_up_prob
     if stop or level is not None:
@@ -40,7 +42,10 @@ def ihl(
         if level is not None:
             stopped |= scores.label_logprob < level
         runner_up = torch.where(stopped, runner_up.detach(), runner_up)
-    return mean(1 + label - runner_up, num_items, scores.weights)
+    values = 1 + label - runner_up
+    if beta:
+        values = label.detach() ** beta * values
+    return mean(values, num_items, scores.weights)
 
 
 def inverted_hinge(
