@@ -10,6 +10,7 @@ import pytest
 from builders import byte_level_tokenizer, tiny_model
 from loku.cli import VERBS
 from loku.config import UnlearnOptions
+from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
 from loku.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,3 +72,17 @@ def test_recipes_resolve():
         values = read_recipe(recipe)
         cls = UnlearnOptions if "forget" in values else FinetuneOptions
         resolve(cls, values, {}, where=str(recipe))
+
+
+@pytest.mark.parametrize("kind", ["Forget losses", "Retain losses"])
+def test_the_losses_page_agrees_with_the_code(kind):
+    losses = {"Forget losses": FORGET_LOSSES, "Retain losses": RETAIN_LOSSES}[kind]
+    text = (ROOT / "docs" / "losses.md").read_text().split(f"## {kind}")[1].split("\n## ")[0].split("\n*Other")[0]
+    table = {name: options for name, options in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, flags=re.MULTILINE)}
+    assert set(table) == set(losses)
+    for name, loss in losses.items():
+        told = dict(re.findall(r"`(\w+)` ([\w.]+)", table[name]))
+        assert told == {option: str(default) for option, default in loss.options.items()}
+        source = re.search(r"arXiv\s+(\d{4}\.\d{5})", loss.function.__doc__)
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+        assert source is None or source[1] in line or name == "dpo"
