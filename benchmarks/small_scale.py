@@ -44,6 +44,16 @@ TOFU_COLUMNS = {
 }
 
 
+HEADER = """# Small-scale results
+
+Made by `python benchmarks/small_scale.py page` from `benchmarks/results/small_scale.json`; do not edit. Zero is not the
+goal: the nearer to the retain-only row in every column, the better. Forget quality (the p-value of a KS test) rewards
+destruction, too: read it beside utility and repetition.
+
+## The demo: five methods on the fictitious corpus
+""".splitlines()
+
+
 def figures(results: Results, columns: dict[str, tuple[str, str]]) -> dict[str, float | None]:
     """Return the table's figures of one model."""
     found = {name: results.mean(*place) for name, place in columns.items()}
@@ -118,7 +128,7 @@ def cell(values: list[float | None]) -> str:
     """Return mean and standard deviation over seeds."""
     known = [value for value in values if value is not None]
     if not known:
-        return "–"
+        return "-"
     if max(known) < 0.01 and min(known) > 0:
         return f"{min(known):.0e} to {max(known):.0e}"
     return f"{mean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")
@@ -140,17 +150,10 @@ def page() -> str:
     seeds = [entry["seed"] for entry in kept["demo"]]
     times = sorted(entry["seconds"] for entry in kept["demo"])
     lines = [
-        "# Small-scale results",
-        "",
-        "Made by `python benchmarks/small_scale.py page` from `benchmarks/results/small_scale.json`; do not edit. Zero is",
-        "not the goal: the nearer to the retain-only row in every column, the better. Forget quality (the p-value of a KS",
-        "test) rewards destruction, too: read it beside utility and repetition.",
-        "",
-        "## The demo: five methods on the fictitious corpus",
-        "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {times[0]:.0f} to {times[-1]:.0f} s a seed on",
-        f"{kept['hardware']['cores']} cores. Learning rates were chosen on seeds 10 and 11, by one grid for all methods",
-        "(see [decisions](decisions.md)).",
+        *HEADER,
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {times[0]:.0f} to {times[-1]:.0f} s a seed",
+        f"on {kept['hardware']['cores']} cores. Learning rates were chosen on seeds 10 and 11, by one grid for all",
+        "methods (see [decisions](decisions.md)).",
         "",
         *table(kept["demo"], ORDER),
         "",
