@@ -144,6 +144,24 @@ def test_a_memorised_token_keeps_its_gradient():
     assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
 
 
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_widely_spread_logits_neither_overflow_nor_underflow(scale):
+    """Logits hundreds apart: labels far above all others, and others far below."""
+    exact, labels = problem(12, vocab=40, dtype=torch.float64)
+    with torch.no_grad():
+        exact[0] *= scale
+    plain = scores_from_logits(slow.head_logits(*exact), labels, need=slow.EXTRAS)
+    expected = gradients(combined(plain), exact)
+    for dtype, rounding in ((torch.float64, 1e-9), (torch.float32, 1e-5 * scale)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in exact]
+        scores = scores_from_hidden(leaves[0], labels, *leaves[1:], need=slow.EXTRAS, tile=16)
+        for name in slow.FIELDS:
+            theirs = getattr(plain, name)
+            torch.testing.assert_close(getattr(scores, name).double(), theirs, rtol=rounding, atol=rounding)
+        for mine, other in zip(gradients(combined(scores), leaves), expected, strict=True):
+            assert (mine.double() - other).norm() <= rounding * other.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_give_float32_logits(dtype):
     leaves, labels = problem(6, vocab=200, d=32, dtype=dtype)
@@ -229,7 +247,8 @@ def test_errors_say_what_to_do():
 
 
 def test_the_default_tile_follows_the_hidden_size():
-    assert [default_tile(d) for d in (8, 512, 2048, 4096)] == [2048, 2048, 512, 512]
+    assert [default_tile(d) for d in (8, 1024, 2048, 4096)] == [2048, 1024, 512, 512]
+    assert [default_tile(d, torch.bfloat16) for d in (8, 2048, 4096, 8192)] == [512, 512, 256, 256]
 
 
 # The model's own head -------------------------------------------------------------------------------------------------

@@ -172,6 +172,12 @@ def test_extras_are_filled_only_where_needed():
         scores_from_logits(*batch(), need=("mean_logits",))
 
 
+def test_labels_of_another_batch_are_refused():
+    logits, labels = batch()
+    with pytest.raises(InputError, match=r"labels have shape \[3, 5\], but the model's output has \[3, 6\]"):
+        scores_from_logits(logits, labels[:, 1:])
+
+
 def test_scores_cannot_be_changed():
     scores = scores_from_logits(*batch())
     assert isinstance(scores, TokenScores)

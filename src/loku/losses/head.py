@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def scores_from_hidden(
     """
     check_extras(need)
     if tile is None:
-        tile = default_tile(weight.shape[1])
+        tile = default_tile(weight.shape[1], weight.dtype)
     if tile < 1:
         raise InputError(f"tile={tile} is not a number of vocabulary columns.", "Give a whole number of at least 1.")
     chosen = select(labels)
@@ -60,7 +61,7 @@ def scores_from_hidden(
         )
     learns = torch.is_grad_enabled() and hidden.requires_grad
     options = _Options(softcap, "mean_logit" in need, "expected_other" in need, tile, learns)
-    states = hidden[:, :-1][chosen.mask]
+    states = chosen.pick(hidden)
     target, runner_up, spread, mean_logit, expected_other = _Sweep.apply(states, weight, bias, chosen.targets, options)
     return TokenScores(
         target=target,
@@ -75,13 +76,15 @@ def scores_from_hidden(
     )
 
 
-def default_tile(d: int) -> int:
-    """Return the columns per tile for hidden size d: about a million weights, the fastest of those measured.
+def default_tile(d: int, dtype: torch.dtype = torch.float32) -> int:
+    """Return the columns per tile for hidden size d and a type of weights: the fastest, or the leaner of equals.
 
-    On CPU a smaller tile of W is still in the cache for the second product; below 512 columns the products themselves
-    slow down, above 2048 nothing is gained (`benchmarks/head.py --tiles`). Not measured on a GPU.
+    On CPU a tile of W should still be in the cache for the second product; below 512 columns the products themselves
+    slow down. A half-precision tile is widened into a buffer of its own, which is kept to 4 MB. Measured by
+    benchmarks/head.py, not on a GPU.
     """
-    return min(max(2**20 // d, 512), 2048)
+    most, least = (512, 256) if dtype in (torch.bfloat16, torch.float16) else (2048, 512)
+    return min(max(2**20 // d, least), most)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,21 @@ def _tiles(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
         yield _Tile(start, stop, rows, z, slope)
 
 
+def _by_tile(tokens: Int[Tensor, " tokens"], vocab: int, tile: int) -> tuple[Int[Tensor, " some"], ...]:
+    """Return, for each tile, the positions whose token lies in it."""
+    columns = min(tile, vocab)
+    counts = torch.bincount(tokens // columns, minlength=-(-vocab // columns))
+    return tokens.argsort().split(counts.tolist())
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Return how far below the maximum a logit still counts: exp of less is nothing next to 1.
+
+    Were it to underflow instead, one exponential and one product would take a hundred times as long (denormals).
+    """
+    return 0.75 * math.log(torch.finfo(dtype).tiny)
+
+
 class _Sweep(torch.autograd.Function):
     """The sweep of `scores_from_hidden`, with its closed-form gradient."""
 
@@ -144,7 +162,8 @@ class _Sweep(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         # Autocast would round the logits to half precision.
         with torch.autocast(states.device.type, enabled=False):
-            swept = _sweep(states, weight, bias, targets, options)
+            h = states.to(widest(states, weight)).contiguous()
+            swept = _finish(_sweep(h, weight, bias, targets, options), h, weight, bias, targets, options)
         ctx.options = options
         ctx.save_for_backward(
             states if any(ctx.needs_input_grad[1:3]) else None,
@@ -157,6 +176,8 @@ class _Sweep(torch.autograd.Function):
             swept.spread,
             swept.expected_weight,
             swept.mean_weight,
+            swept.label_rows,
+            swept.choice_rows,
         )
         ctx.set_materialize_grads(False)
         ctx.dtype = states.dtype
@@ -165,9 +186,8 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        states, weight, bias, targets, choice, target, runner_up, spread, expected_weight, mean_weight = (
-            ctx.saved_tensors
-        )
+        states, weight, bias, targets, choice, target, runner_up, spread, *rows = ctx.saved_tensors
+        expected_weight, mean_weight, label_rows, choice_rows = rows
         softcap = ctx.options.softcap
         zero = torch.zeros_like(target)
         g_target, g_runner_up, g_spread, g_mean, g_expected = (zero if g is None else g for g in grads)
@@ -178,8 +198,8 @@ class _Sweep(torch.autograd.Function):
         d_states = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_states = expected_weight * g_others.unsqueeze(1)
-            d_states.addcmul_(weight[targets].to(target.dtype), g_label.unsqueeze(1))
-            d_states.addcmul_(weight[choice].to(target.dtype), g_choice.unsqueeze(1))
+            d_states.addcmul_(label_rows, g_label.unsqueeze(1))
+            d_states.addcmul_(choice_rows, g_choice.unsqueeze(1))
             if mean_weight is not None:
                 d_states.addcmul_(mean_weight, g_mean.unsqueeze(1))
             d_states = d_states.to(ctx.dtype)
@@ -200,51 +220,49 @@ def _slope(z: Tensor, softcap: float | None) -> Tensor | float:
 
 
 @dataclass
-class _Swept:
-    target: Float[Tensor, " tokens"]
-    runner_up: Float[Tensor, " tokens"]
-    spread: Float[Tensor, " tokens"]
-    choice: Int[Tensor, " tokens"]  # the runner-up's token
-    mean_logit: Float[Tensor, " tokens"] | None
-    expected_other: Float[Tensor, " tokens"] | None
-    expected_weight: Float[Tensor, "tokens d"] | None  # E_q[s W]
-    mean_weight: Float[Tensor, "*tokens d"] | None  # mean of s_v W_v
+class _Sums:
+    """What the sweep keeps of each position; e_v = exp(z_v - peak), and every sum over v != y but the last two."""
+
+    peak: Float[Tensor, " tokens"]  # max z_v
+    choice: Int[Tensor, " tokens"]  # its token
+    sums: Float[Tensor, " tokens"]  # sum of e_v
+    weighted: Float[Tensor, " tokens"] | None  # sum of e_v z_v
+    blend: Float[Tensor, "tokens d"] | None  # A, the sum of e_v s_v W_v
+    total: Float[Tensor, " tokens"] | None  # sum of z_v over the whole vocabulary
+    total_weight: Float[Tensor, "*tokens d"] | None  # sum of s_v W_v over the whole vocabulary
 
 
-def _sweep(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> _Swept:
-    h = states.to(widest(states, weight)).contiguous()
+def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> _Sums:
     vocab, d = weight.shape
     rows = torch.arange(h.shape[0], device=h.device)
+    floor = _floor(h.dtype)
     # The label is masked with a large finite number, under a maximum that starts lower still: no inf - inf and no
     # 0 * inf anywhere, even when the first tile holds nothing but the label.
     masked = torch.finfo(h.dtype).min / 2
-    target, sums = h.new_zeros(h.shape[0]), h.new_zeros(h.shape[0])
-    peak, choice = torch.full_like(target, -torch.inf), torch.zeros_like(targets)
-    total = torch.zeros_like(target) if options.mean_logit else None
-    weighted = torch.zeros_like(target) if options.expected_other else None
+    sums = h.new_zeros(h.shape[0])
+    peak, choice = torch.full_like(sums, -torch.inf), torch.zeros_like(targets)
+    total = torch.zeros_like(sums) if options.mean_logit else None
+    weighted = torch.zeros_like(sums) if options.expected_other else None
     blend = h.new_zeros(h.shape[0], d) if options.learns else None  # A
-    mean = None
+    total_weight = None
     if options.mean_logit and options.learns:
-        mean = h.new_zeros(d) if options.softcap is None else torch.zeros_like(h)
-    for tile in _tiles(h, weight, bias, options.softcap, options.tile):
+        total_weight = h.new_zeros(d) if options.softcap is None else torch.zeros_like(h)
+    labels_in = _by_tile(targets, vocab, options.tile)
+    for tile, here in zip(_tiles(h, weight, bias, options.softcap, options.tile), labels_in, strict=True):
         z = tile.logits
         if total is not None:
             total += z.sum(dim=1)
-        here = rows[(targets >= tile.start) & (targets < tile.stop)]
-        column = targets[here] - tile.start
-        target[here] = z[here, column]
-        z[here, column] = masked
+        z[here, targets[here] - tile.start] = masked
         # The maximum by blocks: torch's argmax over a whole row costs ten times as much as amax.
         width = BLOCK if z.shape[1] % BLOCK == 0 else z.shape[1]
         blocks = z.view(z.shape[0], z.shape[1] // width, width)
-        tops = blocks.amax(dim=2)
-        highest = tops.amax(dim=1)
-        rise = rows[highest > peak]
-        block = tops[rise].argmax(dim=1)
-        choice[rise] = tile.start + block * width + blocks[rise, block].argmax(dim=1)
+        block = blocks.amax(dim=2).argmax(dim=1)
+        highest, column = blocks[rows, block].max(dim=1)
+        choice = torch.where(highest > peak, tile.start + block * width + column, choice)
         raised = torch.maximum(peak, highest)
         shrink = torch.exp(peak - raised)
         peak = raised
+        torch.maximum(z, (peak + floor).unsqueeze(1), out=z)
         # An in-place exponential, unless the logits are needed next to it.
         e = (z.sub_(peak.unsqueeze(1)) if weighted is None else z - peak.unsqueeze(1)).exp_()
         sums.mul_(shrink).add_(e.sum(dim=1))
@@ -254,18 +272,67 @@ def _sweep(states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
             if tile.slope is not None:
                 e.mul_(tile.slope)
             blend.mul_(shrink.unsqueeze(1)).addmm_(e, tile.weight)
-        if mean is not None:
-            mean += tile.weight.sum(dim=0) if tile.slope is None else tile.slope @ tile.weight
+        if total_weight is not None:
+            total_weight += tile.weight.sum(dim=0) if tile.slope is None else tile.slope @ tile.weight
+    return _Sums(peak, choice, sums, weighted, blend, total, total_weight)
+
+
+@dataclass
+class _Swept:
+    target: Float[Tensor, " tokens"]
+    runner_up: Float[Tensor, " tokens"]
+    spread: Float[Tensor, " tokens"]
+    choice: Int[Tensor, " tokens"]  # the runner-up's token
+    mean_logit: Float[Tensor, " tokens"] | None
+    expected_other: Float[Tensor, " tokens"] | None
+    expected_weight: Float[Tensor, "tokens d"] | None  # E_q[s W]
+    mean_weight: Float[Tensor, "*tokens d"] | None  # mean of s_v W_v
+    label_rows: Float[Tensor, "tokens d"] | None  # W_y
+    choice_rows: Float[Tensor, "tokens d"] | None  # W_m
+
+
+def _finish(swept: _Sums, h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> _Swept:
+    """Turn sums into scores.
+
+    The two logits that matter most are made again, by a sum that rounds less than a matrix product: this halves the
+    error of the gradient. The sums hold the runner-up with its rounded logit, as exp(0) = 1, and are corrected.
+    """
+    choice, peak, sums, weighted, blend = swept.choice, swept.peak, swept.sums, swept.weighted, swept.blend
+    label_rows, choice_rows = weight[targets], weight[choice]
+    target, _ = _logit(h, label_rows, None if bias is None else bias[targets], options.softcap)
+    runner_up, slope = _logit(h, choice_rows, None if bias is None else bias[choice], options.softcap)
+    shrink = torch.exp(peak - runner_up)
+    sums.mul_(shrink).add_(1 - shrink)
+    if weighted is not None:
+        weighted.mul_(shrink).add_(runner_up - peak * shrink)
+    if blend is not None:
+        blend.mul_(shrink.unsqueeze(1)).addcmul_(choice_rows, ((1 - shrink) * slope).unsqueeze(1))
+        blend.div_(sums.unsqueeze(1))
+    vocab = weight.shape[0]
     return _Swept(
         target=target,
-        runner_up=peak,
+        runner_up=runner_up,
         spread=sums.log(),
         choice=choice,
-        mean_logit=None if total is None else total / vocab,
+        mean_logit=None if swept.total is None else swept.total / vocab,
         expected_other=None if weighted is None else weighted / sums,
-        expected_weight=None if blend is None else blend.div_(sums.unsqueeze(1)),
-        mean_weight=None if mean is None else mean / vocab,
+        expected_weight=blend,
+        mean_weight=None if swept.total_weight is None else swept.total_weight / vocab,
+        label_rows=label_rows if options.learns else None,
+        choice_rows=choice_rows if options.learns else None,
     )
+
+
+def _logit(
+    h: Float[Tensor, "tokens d"], rows: Float[Tensor, "tokens d"], offset: Tensor | None, softcap: float | None
+) -> tuple[Float[Tensor, " tokens"], Tensor | float]:
+    """Return each position's logit for its own row of the weights, and its slope."""
+    z = (h * rows).sum(dim=1)
+    if offset is not None:
+        z += offset
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z, _slope(z, softcap)
 
 
 @dataclass
@@ -290,21 +357,25 @@ def _weight_gradient(
 ) -> tuple[Float[Tensor, "vocab d"], Float[Tensor, " vocab"] | None]:
     """Return the gradients of weight and bias: the logits again tile by tile, dW_tile = G_tile^T h."""
     h = states.to(widest(states, weight)).contiguous()
-    rows = torch.arange(h.shape[0], device=h.device)
+    floor = _floor(h.dtype)
     d_weight = torch.empty_like(weight)
     d_bias = None if bias is None else torch.empty_like(bias)
-    for tile in _tiles(h, weight, bias, options.softcap, options.tile):
-        z = tile.logits.sub_(runner_up.unsqueeze(1)).exp_().mul_(g.others.unsqueeze(1))
+    labels_in, choices_in = (_by_tile(tokens, weight.shape[0], options.tile) for tokens in (targets, choice))
+    tiles = _tiles(h, weight, bias, options.softcap, options.tile)
+    for tile, labels, choices in zip(tiles, labels_in, choices_in, strict=True):
+        z = tile.logits.sub_(runner_up.unsqueeze(1)).clamp_(min=floor).exp_().mul_(g.others.unsqueeze(1))
         if tile.slope is not None:
             z.mul_(tile.slope)
-        here = rows[(targets >= tile.start) & (targets < tile.stop)]
-        z[here, targets[here] - tile.start] = g.label[here]
-        here = rows[(choice >= tile.start) & (choice < tile.stop)]
-        z[here, choice[here] - tile.start] += g.choice[here]
+        # The label first overwrites what is no member of q, and may have overflowed.
+        z[labels, targets[labels] - tile.start] = g.label[labels]
+        z[choices, choice[choices] - tile.start] += g.choice[choices]
         if options.mean_logit:
             every = g.every.unsqueeze(1)
             z.add_(every if tile.slope is None else every * tile.slope)
-        d_weight[tile.start : tile.stop] = z.T @ h
+        if d_weight.dtype == h.dtype:
+            torch.mm(z.T, h, out=d_weight[tile.start : tile.stop])
+        else:
+            d_weight[tile.start : tile.stop] = z.T @ h
         if d_bias is not None:
             d_bias[tile.start : tile.stop] = z.sum(dim=0)
     return d_weight, d_bias

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loku.errors import InputError, suggestion
@@ -92,20 +92,30 @@ class TokenScores:
         return values.new_zeros(self.batch_size).index_add(0, self.sequence, values)
 
 
-class Selection(NamedTuple):
-    """Where a batch is supervised: `mask` marks the positions that predict `targets`, in the order of the batch."""
+@dataclass(frozen=True)
+class Selection:
+    """The supervised positions of a batch, in its order: `index` are those that predict `targets`, rows end to end."""
 
-    mask: Bool[Tensor, "batch seq-1"]
+    index: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
     sequence: Int[Tensor, " tokens"]
+    shape: tuple[int, int]
+
+    def pick(self, values: Float[Tensor, "batch seq d"]) -> Float[Tensor, "tokens d"]:
+        """Return the values at the positions. The gradient is one zero tensor, filled in: no copies per slice."""
+        if values.shape[:2] != self.shape:
+            raise InputError(
+                f"The labels have shape {list(self.shape)}, but the model's output has {list(values.shape[:2])}.",
+                "Give the labels of the same batch, one for each position.",
+            )
+        return values.flatten(0, 1).index_select(0, self.index)
 
 
 def select(labels: Int[Tensor, "batch seq"]) -> Selection:
     """Find the supervised positions: labels are shifted as in transformers, those that are -100 do not count."""
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    sequence = torch.arange(labels.shape[0], device=labels.device).unsqueeze(1).expand_as(targets)
-    return Selection(mask, targets[mask], sequence[mask])
+    sequence, position = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    rows, length = labels.shape
+    return Selection(sequence * length + position, labels[sequence, position + 1], sequence, (rows, length))
 
 
 def check_extras(need: Collection[Extra]) -> None:
@@ -138,7 +148,7 @@ def scores_from_logits(
     """
     check_extras(need)
     chosen = select(labels)
-    z = logits[:, :-1][chosen.mask].to(widest(logits))
+    z = chosen.pick(logits).to(widest(logits))
     label = chosen.targets.unsqueeze(1)
     choice = z.detach().scatter(1, label, -torch.inf).argmax(dim=1, keepdim=True)
     runner_up = z.gather(1, choice)
