@@ -151,9 +151,9 @@ def page() -> str:
     times = sorted(entry["seconds"] for entry in kept["demo"])
     lines = [
         *HEADER,
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {times[0]:.0f} to {times[-1]:.0f} s a seed",
-        f"on {kept['hardware']['cores']} cores. Learning rates were chosen on seeds 10 and 11, by one grid for all",
-        "methods (see [decisions](decisions.md)).",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {times[0]:.0f} to {times[-1]:.0f} s",
+        f"a seed on {kept['hardware']['cores']} cores. Learning rates were chosen on seeds 10 and 11, by one grid for",
+        "all methods (see [decisions](decisions.md)).",
         "",
         *table(kept["demo"], ORDER),
         "",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loku.losses.positions import IGNORE, Supervised, select, supervised
+from loku.losses.lm_head import HeadSpec, last_hidden_state, lm_head_of
+from loku.losses.positions import IGNORE, Supervised, supervised
 from loku.losses.scores import Extra, TokenScores, scores_from_logits
 
 Batch = Mapping[str, Tensor]
@@ -18,11 +19,16 @@ Batch = Mapping[str, Tensor]
 class Forward:
     """Runs a causal language model on batches.
 
-    `layer` is the decoder layer whose output `hidden` returns (negative counts from the end).
+    Scores come straight from the hidden states where the model's logits are its head's output (`lm_head_of`);
+    otherwise, and with `plain`, from the logits. `plain_because` says why, or is None. `layer` is the decoder layer
+    whose output `hidden` returns (negative counts from the end).
     """
 
-    def __init__(self, *, layer: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, layer: int | None = None, plain: bool = False) -> None:
         self.layer = layer
+        found = "the plain path was asked for" if plain else lm_head_of(model)
+        self.head = found if isinstance(found, HeadSpec) else None
+        self.plain_because = found if isinstance(found, str) else None
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the logits of all positions."""
@@ -34,7 +40,10 @@ class Forward:
     ) -> TokenScores:
         """Return the scores of the supervised tokens, or of all that are not padding."""
         labels = every_token(batch) if every_position else batch["labels"]
-        scores = scores_from_logits(self.logits(model, batch), labels, need=need)
+        if self.head is not None:
+            scores = self.head.scores(last_hidden_state(model, batch, self.head), labels, need=need)
+        else:
+            scores = scores_from_logits(self.logits(model, batch), labels, need=need)
         weights = None if every_position else token_weights(batch)
         return scores if weights is None else dataclasses.replace(scores, weights=weights)
 
@@ -79,7 +88,7 @@ def token_weights(batch: Batch) -> Tensor | None:
     """Return the weights of the supervised tokens, in the order of the scores, or None."""
     if "weights" not in batch:
         return None
-    return batch["weights"][:, 1:][select(batch["labels"]).mask]
+    return batch["weights"][:, 1:][batch["labels"][:, 1:] != IGNORE]
 
 
 def count_items(batch: Batch) -> Tensor:

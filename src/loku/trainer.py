@@ -92,6 +92,9 @@ class UnlearnTrainer(GuardedTrainer):
     Values of the target model are computed once here, before the first step, or with the adapters off; no second model
     is loaded, unless all weights are trained and a loss needs full distributions or hidden states.
 
+    Losses on scores never build the tokens x vocabulary logits where the model's head allows it; `plain_head` takes the
+    plain path instead.
+
     Checkpoints hold both adapters of an anchored model, and resuming restores both. The training stops with a
     DivergenceError as soon as a loss is not finite or its size exceeds `max_loss` (nats per item).
     """
@@ -120,12 +123,13 @@ class UnlearnTrainer(GuardedTrainer):
         combine: str | Combiner = "sum",
         retain_bound: float | None = None,
         dual_rate: float = 1.0,
+        plain_head: bool = False,
         max_loss: float = 1000.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
         self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
-        forward = Forward(layer=layer if layer is not None else _middle_layer(model))
+        forward = Forward(model, layer=layer if layer is not None else _middle_layer(model), plain=plain_head)
         self.objective = Objective(
             model,
             forward,

@@ -195,6 +195,7 @@ def _train(model: Any, job: Job, run: RunFolder, options: UnlearnOptions) -> Non
             method=describe_method(options),
             trainable={"parameters": total, "share": share},
             steps=trainer.total_steps(),
+            plain_head=trainer.objective.forward.plain_because,
         )
         with run.timed("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -242,7 +243,8 @@ def _cached(
     """Return the forget tokens' log-probabilities under a model: from the run folder when nothing changed."""
     found = read_logprobs(path, provenance)
     if found is None:
-        values = TargetValues(load(), Forward(), copies=False)
+        other = load()
+        values = TargetValues(other, Forward(other), copies=False)
         with progress("reference") as update:
             found = values.token_logprobs(
                 job.encoded_forget.examples,

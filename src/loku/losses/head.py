@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loku.errors import InputError
-from loku.losses.scores import Extra, TokenScores, check_extras, select, widest
+from loku.losses.positions import select, widest
+from loku.losses.scores import Extra, TokenScores, check_extras
 
 BLOCK = 64
 

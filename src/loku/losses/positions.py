@@ -1,30 +1,43 @@
-"""The positions a loss looks at: supervised tokens, aligned with the logits that predict them."""
+"""The positions a loss looks at: supervised tokens, aligned with the outputs that predict them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from loku.errors import InputError
 
 IGNORE = -100
 
 
-class Selection(NamedTuple):
-    """Where a batch is supervised: `mask` marks the positions that predict `targets`, in the order of the batch."""
+@dataclass(frozen=True)
+class Selection:
+    """The supervised positions of a batch, in its order: `index` are those that predict `targets`, rows end to end."""
 
-    mask: Bool[Tensor, "batch seq-1"]
+    index: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
     sequence: Int[Tensor, " tokens"]
+    shape: tuple[int, int]
+
+    def pick(self, values: Float[Tensor, "batch seq d"]) -> Float[Tensor, "tokens d"]:
+        """Return the values at the positions. The gradient is one zero tensor, filled in: no copies per slice."""
+        if values.shape[:2] != self.shape:
+            raise InputError(
+                f"The labels have shape {list(self.shape)}, but the model's output has {list(values.shape[:2])}.",
+                "Give the labels of the same batch, one for each position.",
+            )
+        return values.flatten(0, 1).index_select(0, self.index)
 
 
 def select(labels: Int[Tensor, "batch seq"]) -> Selection:
     """Find the supervised positions: labels are shifted as in transformers, those that are -100 do not count."""
-    targets = labels[:, 1:]
-    mask = targets != IGNORE
-    sequence = torch.arange(labels.shape[0], device=labels.device).unsqueeze(1).expand_as(targets)
-    return Selection(mask, targets[mask], sequence[mask])
+    sequence, position = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    rows, length = labels.shape
+    return Selection(sequence * length + position, labels[sequence, position + 1], sequence, (rows, length))
 
 
 def widest(*tensors: Tensor | None) -> torch.dtype:
@@ -49,7 +62,7 @@ def supervised(logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "ba
     Half-precision logits are widened before any softmax: rounding decides which token is the runner-up.
     """
     chosen = select(labels)
-    return Supervised(logits[:, :-1][chosen.mask].to(widest(logits)), chosen.targets, chosen.sequence)
+    return Supervised(chosen.pick(logits).to(widest(logits)), chosen.targets, chosen.sequence)
 
 
 def count_tokens(labels: Int[Tensor, "batch seq"]) -> Int[Tensor, ""]:

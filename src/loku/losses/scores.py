@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loku.errors import InputError, suggestion
-from loku.losses.positions import IGNORE
+from loku.losses.positions import select, widest
 
 Extra = Literal["mean_logit", "expected_other"]
 
@@ -26,6 +26,7 @@ class TokenScores:
         spread          log sum_{v != y} exp(z_v - z_m), at least 0
         mean_logit      mean over the vocabulary of z_v                       (only where it was asked for)
         expected_other  sum_{v != y} q_v z_v, q = softmax over v != y, no gradient through q        (likewise)
+        weights         how much each position counts in a loss; None means 1 each
 
     All are float32 (float64 for float64 logits) and differentiable. `sequence` is the row of the batch that a position
     comes from. `spread` is kept in place of a log-sum-exp because it is small: the rounding of a sum such as
@@ -42,6 +43,7 @@ class TokenScores:
     vocab_size: int
     mean_logit: Float[Tensor, " tokens"] | None = None
     expected_other: Float[Tensor, " tokens"] | None = None
+    weights: Float[Tensor, " tokens"] | None = None
 
     def __len__(self) -> int:
         """Return the number of supervised positions."""
@@ -92,42 +94,11 @@ class TokenScores:
         return values.new_zeros(self.batch_size).index_add(0, self.sequence, values)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The supervised positions of a batch, in its order: `index` are those that predict `targets`, rows end to end."""
-
-    index: Int[Tensor, " tokens"]
-    targets: Int[Tensor, " tokens"]
-    sequence: Int[Tensor, " tokens"]
-    shape: tuple[int, int]
-
-    def pick(self, values: Float[Tensor, "batch seq d"]) -> Float[Tensor, "tokens d"]:
-        """Return the values at the positions. The gradient is one zero tensor, filled in: no copies per slice."""
-        if values.shape[:2] != self.shape:
-            raise InputError(
-                f"The labels have shape {list(self.shape)}, but the model's output has {list(values.shape[:2])}.",
-                "Give the labels of the same batch, one for each position.",
-            )
-        return values.flatten(0, 1).index_select(0, self.index)
-
-
-def select(labels: Int[Tensor, "batch seq"]) -> Selection:
-    """Find the supervised positions: labels are shifted as in transformers, those that are -100 do not count."""
-    sequence, position = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    rows, length = labels.shape
-    return Selection(sequence * length + position, labels[sequence, position + 1], sequence, (rows, length))
-
-
 def check_extras(need: Collection[Extra]) -> None:
     """Raise InputError unless every name in `need` is an optional field of TokenScores."""
     for name in need:
         if name not in get_args(Extra):
             raise InputError(f"'{name}' is not an optional score.", suggestion(name, get_args(Extra)))
-
-
-def widest(*tensors: Tensor | None) -> torch.dtype:
-    """Return the type scores are computed in: float32, or float64 if any tensor has it."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def scores_from_logits(
