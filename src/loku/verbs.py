@@ -21,6 +21,7 @@ from loku.config import (
     UnlearnOptions,
 )
 from loku.errors import InputError
+from loku.files import check_output_file
 from loku.methods import METHODS
 from loku.progress import console
 from loku.quiet import quiet_libraries
@@ -51,7 +52,9 @@ def methods(_: None = None) -> None:
 def finetune(options: FinetuneOptions) -> None:
     """Train a target or a retain-only model."""
     from loku.finetune import finetune as run
+    from loku.runs import check_tracker
 
+    check_tracker(options.report_to)
     run(options)
 
 
@@ -61,9 +64,10 @@ def unlearn(options: UnlearnOptions) -> None:
     from loku.assessment import assess, check_rows, load_assessment_rows
     from loku.data.prompts import resolve_template
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
-    from loku.runs import RunFolder
+    from loku.runs import RunFolder, check_tracker
     from loku.unlearning import load_rows, prepare, print_plan, run_job
 
+    check_tracker(options.report_to)
     check_model_source(options.model)
     assert options.model is not None
     run = RunFolder.check(options.output, options.as_dict())
@@ -88,13 +92,12 @@ def unlearn(options: UnlearnOptions) -> None:
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
-    from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
+    from loku.models import check_fits, check_model_source, load_model, load_tokenizer, weights_sha256
     from loku.unlearning import importance_provenance, load_rows, measure_importance, prepare
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
-    if Path(options.output).is_dir():
-        raise InputError(f"--output '{options.output}' is a folder.", "Give a file name ending in .safetensors.")
+    check_output_file(options.output, "Give a file name ending in .safetensors.")
     check_model_source(options.model)
     settings = UnlearnOptions(
         **{name: value for name, value in options.as_dict().items() if name in UnlearnOptions.fields()}
@@ -108,6 +111,8 @@ def importance(options: ImportanceOptions) -> None:
         trust_remote_code=options.trust_remote_code,
     )
     job = prepare(model, tokenizer, forget, retain, settings)
+    examples = [*job.encoded_forget.examples, *(job.encoded_retain.examples if job.encoded_retain else ())]
+    check_fits(model, tokenizer, max(len(example.input_ids) for example in examples))
     layers = target_layers(model, options.targets)
     provenance = importance_provenance(job, options.init, options, weights_sha256(model))
     measured = measure_importance(job, options.init, options, layers, provenance)
@@ -118,7 +123,7 @@ def importance(options: ImportanceOptions) -> None:
 @quietly
 def evaluate(options: EvaluateOptions) -> None:
     """Measure a model or adapter, or official TOFU logs."""
-    from loku.assessment import evaluate_from_options, evaluate_logs_from_options
+    from loku.evaluate import evaluate_from_options, evaluate_logs_from_options
 
     outcome = evaluate_logs_from_options(options) if options.from_logs else evaluate_from_options(options)
     if options.json:
