@@ -36,6 +36,15 @@ def rows(count, start=0):
     ]
 
 
+def perturbed(row):
+    """A row with the columns that truth ratios and paraphrased questions need."""
+    return row | {
+        "paraphrased_answer": row["answer"].replace("In the town of", "It was the town of"),
+        "paraphrased_question": row["question"].replace("Where", "In which place"),
+        "perturbed_answer": [f"In the town of {other}." for other in ("Ulm", "Oos", "Ahn")],
+    }
+
+
 @pytest.fixture
 def forget_file(tmp_path):
     path = tmp_path / "forget.jsonl"

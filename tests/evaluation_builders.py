@@ -19,7 +19,7 @@ def small_log(rows=4, tag="Question: {}\n", topic="a"):
         "avg_gt_loss": column(lambda row: 0.1 + row / 10),
         "avg_paraphrased_loss": column(lambda row: 0.5 + row / 10),
         "average_perturb_loss": column(lambda row: [1.0, 2.0 + row / 10]),
-        "rougeL_recall": column(lambda row: 0.5 + row / 20),
+        "rougeL_recall": column(lambda row: 0.5 + row / 40),
         "generated_text": column(lambda row: [tag.format(f"Who is {topic}{row}?"), "so", f"{topic}{row} is a poet"]),
     }
     return {key: copy.deepcopy(part) for key in LOG_KEYS.values()}

@@ -1,139 +1,24 @@
-"""`loku evaluate` by hand: suites, references, official logs, one JSON object, and what is refused."""
+"""Evidence after a run: what the retain-only reference may be, and rows that cannot be measured."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-from pathlib import Path
+import shutil
 
 import pytest
 
 from builders import byte_level_tokenizer, tiny_model
-from conftest import rows
+from conftest import perturbed, rows
+from evaluation_builders import small_log
 from loku import cli
-from loku.data.sources import RecordSet
-from loku.errors import InputError
-from loku.evaluation.own import evaluate_own
+from loku.files import read_json, sha256_file
 
 
 def run(capsys, *arguments):
     status = cli.main([str(a) for a in arguments])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def perturbed(row):
-    return row | {
-        "paraphrased_answer": row["answer"].replace("In the town of", "It was the town of"),
-        "paraphrased_question": row["question"].replace("Where", "In which place"),
-        "perturbed_answer": [f"In the town of {other}." for other in ("Ulm", "Oos", "Ahn")],
-    }
-
-
-@pytest.fixture
-def data_dir(tmp_path):
-    """A folder like LOKU_DATA_DIR, with rows made here."""
-    folder = tmp_path / "data" / "tofu"
-    folder.mkdir(parents=True)
-    sets = {
-        "forget01_perturbed": rows(6),
-        "retain_perturbed": rows(6, 30),
-        "real_authors_perturbed": rows(4, 60),
-        "world_facts_perturbed": rows(4, 70),
-    }
-    for name, data in sets.items():
-        (folder / f"{name}.json").write_text("".join(json.dumps(perturbed(row)) + "\n" for row in data))
-    return folder.parent
-
-
-def test_tofu_with_a_reference(capsys, tmp_path, model_folder, data_dir):
-    common = (
-        "evaluate",
-        "--model",
-        model_folder,
-        "--suite",
-        "tofu",
-        "--forget-split",
-        "forget01",
-        "--data-dir",
-        data_dir,
-    )
-    assert run(capsys, *common, "--output", tmp_path / "retain")[0] == 0
-    status, out, _ = run(
-        capsys, *common, "--reference", tmp_path / "retain" / "results.json", "--output", tmp_path / "eval"
-    )
-    assert status == 0
-    assert "model utility" in out
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert set(results["sets"]) == {"forget", "retain", "real_authors", "world_facts"}
-    assert results["summary"]["forget_quality"] == 1.0  # the same model
-    assert results["summary"]["forget_quality_rows"] == 6
-    assert results["reference"]["sha256"]
-    assert not list((tmp_path / "eval").glob("examples*"))
-
-
-def test_any_subset_of_the_tofu_sets(capsys, tmp_path, model_folder, data_dir):
-    status, out, _ = run(
-        capsys, "evaluate", "--model", model_folder, "--suite", "tofu", "--forget-split", "forget01",
-        "--data-dir", data_dir, "--sets", "forget,retain", "--json",
-    )  # fmt: skip
-    assert status == 0
-    results = json.loads(out)
-    assert set(results["sets"]) == {"forget", "retain"}
-    assert "model_utility" not in results["summary"]
-
-
-def test_own_rows_with_holdout_and_texts(capsys, tmp_path, model_folder, forget_file, retain_file):
-    holdout = tmp_path / "holdout.jsonl"
-    holdout.write_text("".join(json.dumps(row) + "\n" for row in rows(5, 40)))
-    status, out, _ = run(
-        capsys, "evaluate", "--model", model_folder, "--suite", "own", "--forget", forget_file, "--retain", retain_file,
-        "--holdout", holdout, "--keep-text", "--output", tmp_path / "eval",
-    )  # fmt: skip
-    assert status == 0
-    assert "verdict:" in out
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert 0 <= results["summary"]["mia_auc"] <= 1
-    assert {"probability", "rougeL_recall", "exact_memorisation", "extraction_strength", "repetition"} <= set(
-        results["sets"]["forget"]["metrics"]
-    )
-    assert results["summary"]["retain_perplexity"] > 1
-    texts = [json.loads(line) for line in (tmp_path / "eval" / "examples.jsonl").read_text().splitlines()]
-    assert {row["set"] for row in texts} == {"forget", "retain", "holdout"}
-
-
-def test_without_a_reference_the_verdict_claims_no_indistinguishability(capsys, tmp_path, model_folder, forget_file):
-    status, out, _ = run(capsys, "evaluate", "--model", model_folder, "--forget", forget_file, "--json")
-    assert status == 0
-    assert "indistinguishability not measured" in json.loads(out)["verdict"]["sentence"].lower()
-
-
-def test_what_cannot_be_evaluated_is_refused(capsys, tmp_path, model_folder, forget_file):
-    def refused(given, remedy, *arguments):
-        status, _, err = run(capsys, "evaluate", *arguments)
-        assert status == 2, err
-        assert given in err
-        assert remedy in err
-
-    model = ("--model", model_folder)
-    refused("--model is missing.", "Give a model folder")
-    refused("--forget is missing.", "Suite own measures your rows", *model)
-    refused("--output is missing.", "or --json to print it", *model, "--forget", forget_file)
-    refused("--retain-logs was given without --from-logs.", "Use --reference", *model, "--retain-logs", "x.json")
-    refused("--suite 'tofo' is not known.", "Did you mean 'tofu'?", *model, "--suite", "tofo")
-    refused(
-        "holds no adapter_config.json.", "Give the `adapter` folder", *model, "--forget", forget_file, "--json",
-        "--adapter", tmp_path,
-    )  # fmt: skip
-    refused("none.json", "results.json", *model, "--forget", forget_file, "--json", "--reference", "none.json")
-    forget = ("--forget", forget_file, "--output", tmp_path / "out")
-    refused("There is no reference 'none.json'", "Give the results.json", *model, *forget, "--reference", "none.json")
-    refused("forget.jsonl' is a file.", "Give a folder for results.json.", *model, *forget, "--output", forget_file)
-    refused("none.csv' does not exist.", "Give a file", *model, *forget, "--holdout", tmp_path / "none.csv")
-    refused("--max-rows 0 is too small.", "Give at least 1.", *model, *forget, "--max-rows", 0)
-    refused("There is no log file 'none.json'.", "eval_log", "--from-logs", "none.json", *forget)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_retain_only_model_of_another_vocabulary_is_refused(capsys, tmp_path, model_folder, forget_file, retain_file):
@@ -150,73 +35,89 @@ def test_a_retain_only_model_of_another_vocabulary_is_refused(capsys, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_sets_without_rows_are_refused():
-    none = RecordSet("nothing.jsonl", (), "ab", "memory")
-    with pytest.raises(
-        InputError, match=r"The forget set 'nothing\.jsonl' has no rows\.\nGive a set with at least one"
-    ):
-        evaluate_own(tiny_model(), byte_level_tokenizer(), forget=none)
+@pytest.fixture
+def common(tmp_path, model_folder, retain_file):
+    """A quick run on rows that truth ratios can be measured on."""
+    forget = tmp_path / "perturbed.jsonl"
+    forget.write_text("".join(json.dumps(perturbed(row)) + "\n" for row in rows(5)))
+    return (
+        "--model", model_folder, "--forget", forget, "--retain", retain_file, "--rank", 4, "--max-steps", 1,
+        "--batch-size", 2, "--grad-accum", 1, "--threads", 1, "--max-new-tokens", 4,
+    )  # fmt: skip
 
 
-def log(shift):
-    """An official log with 4 rows a set, made up here."""
-
-    def part():
-        keys = {str(i): i for i in range(4)}
-        return {
-            "avg_gt_loss": {k: 0.1 + shift + 0.01 * i for k, i in keys.items()},
-            "avg_paraphrased_loss": {k: 0.5 + shift + 0.01 * i for k, i in keys.items()},
-            "average_perturb_loss": {k: [1.0 + 0.02 * i, 2.0, 3.0] for k, i in keys.items()},
-            "rougeL_recall": dict.fromkeys(keys, 0.5),
-            "generated_text": {k: [f"Q{i}", "x", f"A{i}"] for k, i in keys.items()},
-        }  # fmt: skip
-
-    sets = ("eval_log", "eval_log_forget", "eval_real_author_wo_options", "eval_real_world_wo_options")
-    return {f"{name}.json": part() for name in sets}
-
-
-def test_official_logs_give_one_json_object(capsys, tmp_path):
-    (tmp_path / "full.json").write_text(json.dumps(log(0.0)))
-    with gzip.open(tmp_path / "retain.json.gz", "wt") as handle:
-        json.dump(log(1.0), handle)
-    status, out, _ = run(
-        capsys,
-        "evaluate",
-        "--from-logs",
-        tmp_path / "full.json",
-        "--retain-logs",
-        tmp_path / "retain.json.gz",
-        "--json",
-    )
+@pytest.mark.parametrize("name", ["retain90.json", "retain90.json.gz"])
+def test_an_official_log_is_a_reference(capsys, tmp_path, common, name):
+    content = json.dumps(small_log(rows=5)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    output = tmp_path / "run"
+    status, out, err = run(capsys, "unlearn", *common, "--retain-only-model", tmp_path / name, "--output", output)
     assert status == 0
-    found = json.loads(out)
-    assert {"model_utility", "model_utility_arithmetic", "forget_quality", "sets", "warnings"} <= set(found)
-    assert found["forget_quality"] == pytest.approx(2 / 70)  # two samples of 4, wholly apart: 2 / C(8, 4)
+    results = read_json(output / "results.json")
+    assert f"verdict: {results['verdict']['level']}. {results['verdict']['sentence']}" in out
+    assert results["summary"]["forget_quality_rows"] == 5
+    assert results["reference"] == {"name": "retain90", "kind": "retain-only", "sha256": sha256_file(tmp_path / name)}
+    assert f"'retain90' (sha256 {sha256_file(tmp_path / name)[:12]})" in results["verdict"]["rests_on"]
+    assert "warning: The forget rows are not the same questions: 5 of 5 answers differ" in err
+    assert not (output / "results.retain_only.json").exists()
+    assert (output / "report.html").is_file()
 
 
-@pytest.mark.data
-@pytest.mark.skipif(
-    not (Path(os.environ.get("LOKU_DATA_DIR", "/nonexistent")) / "tofu_official_logs").is_dir(),
-    reason="needs the official TOFU logs: set LOKU_DATA_DIR to the folder that holds tofu_official_logs",
-)
-def test_published_logs_by_hand(capsys):
-    logs = Path(os.environ["LOKU_DATA_DIR"]) / "tofu_official_logs"
-    names = ("phi_full.eval_log_aggregated.json.gz", "phi_retain90.eval_log_aggregated.json.gz")
-    status, out, err = run(
-        capsys, "evaluate", "--from-logs", logs / names[0], "--retain-logs", logs / names[1], "--json"
+def test_the_verdict_rests_on_the_results_file_that_can_be_hashed(capsys, tmp_path, common, model_folder):
+    clean = shutil.copytree(model_folder, tmp_path / "clean")
+    forget = common[3]
+    assert run(capsys, "evaluate", "--model", clean, "--forget", forget, "--max-rows", 100, "--output", clean)[0] == 0
+    given = clean / "results.json"
+    given.write_text(given.read_text().replace("\n", "\n "))  # laid out by someone else: still the same file
+    for output, reference in ((tmp_path / "one", given), (tmp_path / "two", clean)):
+        assert run(capsys, "unlearn", *common, "--retain-only-model", reference, "--output", output)[0] == 0
+        digest = sha256_file(output / "results.retain_only.json")
+        results = read_json(output / "results.json")
+        assert results["reference"]["sha256"] == digest
+        assert f"(sha256 {digest[:12]})" in results["verdict"]["rests_on"]
+    assert (tmp_path / "one" / "results.retain_only.json").read_bytes() == given.read_bytes()
+
+
+def test_packed_results_are_a_reference(capsys, tmp_path, common, model_folder):
+    assert (
+        run(capsys, "evaluate", "--model", model_folder, "--forget", common[3], "--output", tmp_path / "clean")[0] == 0
     )
-    assert status == 0
-    assert json.loads(out)["model_utility"] == pytest.approx(0.5221, abs=5e-5)
-    assert json.loads(out)["model_utility_arithmetic"] == pytest.approx(0.5034, abs=5e-5)
-    assert "warning" not in err
-    status, out, err = run(
-        capsys,
-        "evaluate",
-        "--from-logs",
-        logs / names[0],
-        "--retain-logs",
-        logs / names[1].replace("90", "99"),
-        "--json",
-    )
-    assert status == 0
-    assert "warning:" in err
+    packed = tmp_path / "clean.json.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "clean" / "results.json").read_bytes()))
+    output = tmp_path / "run"
+    assert run(capsys, "unlearn", *common, "--retain-only-model", packed, "--output", output)[0] == 0
+    copy = output / "results.retain_only.json"
+    assert copy.read_bytes() == (tmp_path / "clean" / "results.json").read_bytes()
+    assert read_json(output / "results.json")["reference"]["sha256"] == sha256_file(copy)
+
+
+def test_rows_that_cannot_be_measured_are_refused_before_any_work(capsys, tmp_path, common):
+    def refused(given, remedy, *arguments):
+        status, _, err = run(capsys, "unlearn", *common, "--output", tmp_path / "run", *arguments)
+        assert status == 2, err
+        assert given in err
+        assert remedy in err
+        assert not (tmp_path / "run").exists()
+
+    def written(name, row):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        return tmp_path / name
+
+    question = written("question.jsonl", {"question": "Where was she born? " * 90, "answer": "In Ulm."})
+    refused("--holdout row 0 has no answer token left", "Raise --max-length", "--holdout", question)
+    refused("--general row 0 has no answer token left", "Raise --max-length", "--general", question)
+    asked = written("asked.jsonl", rows(1)[0] | {"paraphrased_question": "Where was she born? " * 90})
+    refused("--general row 0 has no answer token left", "Raise --max-length", "--general", asked)
+    text = written("text.jsonl", {"text": "The quick brown fox jumps over the lazy dog. " * 40})
+    refused("tokens, but the model reads 256 at most.", "Give --max-length 256 or less", "--general", text)
+    assert run(capsys, "unlearn", *common, "--output", tmp_path / "run", "--general", text, "--max-length", 256)[0] == 0
+
+
+def test_a_retain_only_model_that_cannot_be_loaded_is_refused(capsys, tmp_path, common, model_folder):
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    output = ("--output", tmp_path / "run")
+    status, _, err = run(capsys, "unlearn", *common, "--retain-only-model", other, *output)
+    assert status == 2
+    assert f"The model '{other}' (t5) is not a causal language model." in err
+    assert not (tmp_path / "run").exists()

@@ -10,6 +10,8 @@ import pytest
 from loku import cli
 from loku.config import UnlearnOptions
 
+UNDER_A_FILE = f"--output '{__file__}/x' lies under '{__file__}', which is a file."
+
 
 def run(capsys, *arguments):
     try:
@@ -57,6 +59,9 @@ def test_help_shows_every_option_with_its_default(capsys):
         (["unlearn", "--model", "./none"], "--model './none' does not exist as a folder.", "Check the path"),
         (["finetune"], "--output is missing.", "Give a folder for the run"),
         (["importance"], "--output is missing.", "Give a file name ending in .safetensors."),
+        (["report", "none", "--output", "."], "--output '.' is a folder.", "Give the HTML file to write."),
+        (["report", "none", "--output", __file__ + "/x"], UNDER_A_FILE, "Give a path under a folder."),
+        (["importance", "--output", __file__ + "/x"], UNDER_A_FILE, "Give a path under a folder."),
         (["report", "none"], "There is no folder 'none'.", "Give a run folder made by"),
         (["export", "none"], "'none' is not a folder.", "Give a run folder of `loku unlearn`"),
     ],

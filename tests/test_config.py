@@ -34,6 +34,12 @@ def test_every_method_resolves(name):
     assert {k: getattr(options, k) for k in METHODS[name].settings} == METHODS[name].settings
 
 
+def test_trackers_are_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(config.TRACKERS) == {"none", "all", *INTEGRATION_TO_CALLBACK}
+
+
 def test_the_default_options_are_lokus():
     assert {k: getattr(UnlearnOptions(), k) for k in METHODS["loku"].settings} == METHODS["loku"].settings
     assert UnlearnOptions().lora_alpha == 32
@@ -65,6 +71,10 @@ def test_recipes_are_read(tmp_path):
         ("learning_rate: fast\n", "gives 'fast' for 'learning_rate'.", "'learning_rate' takes float."),
         ("forget: 3\n", "gives 3 for 'forget'.", "'forget' takes str or nothing."),
         ("method: lokku\n", "--method 'lokku' is not known.", "Did you mean 'loku'?"),
+        ("method: [a]\n", "gives ['a'] for 'method'.", "'method' takes str."),
+        ("learning_rate: .nan\n", "--learning-rate nan is not a finite number.", "Give a finite number."),
+        ("max_loss: 1e400\n", "--max-loss inf is not a finite number.", "Give a finite number."),
+        (f"epochs: 1{'0' * 400}\n", "for 'epochs'.", "'epochs' takes float."),
         ("- a\n", "holds no options.", "Write one `option: value` a line."),
         ("a: [\n", "is not YAML", "Write one `option: value` a line."),
     ],
@@ -76,3 +86,59 @@ def test_bad_recipes_are_refused(tmp_path, text, given, remedy):
         resolve(UnlearnOptions, read_recipe(recipe), {}, where=str(recipe))
     assert given in caught.value.given
     assert caught.value.remedy == remedy
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes("forget: Jörg.jsonl\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"recipe\.yaml' is not UTF-8 text \(.*\)\.\nSave it as UTF-8\."):
+        read_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "given", "remedy"),
+    [
+        (UnlearnOptions, {"alpha": 0.0}, "--alpha 0.0 is too small.", "Give more than 0."),
+        (UnlearnOptions, {"epochs": 0.0}, "--epochs 0.0 is too small.", "Give more than 0."),
+        (UnlearnOptions, {"max_steps": 0}, "--max-steps 0 is too small.", "Give at least 1, or -1."),
+        (UnlearnOptions, {"max_steps": -2}, "--max-steps -2 is too small.", "Give at least 1, or -1."),
+        (UnlearnOptions, {"adam_beta2": 1.0}, "--adam-beta2 1.0 is too large.", "Give less than 1."),
+        (UnlearnOptions, {"adam_beta2": -0.1}, "--adam-beta2 -0.1 is too small.", "Give at least 0."),
+        (UnlearnOptions, {"importance_eps": 0.0}, "--importance-eps 0.0 is too small.", "Give more than 0."),
+        (UnlearnOptions, {"max_new_tokens": 0}, "--max-new-tokens 0 is too small.", "Give at least 1."),
+        (UnlearnOptions, {"report_to": "tensorbord"}, "'tensorbord' is not known.", "Did you mean 'tensorboard'?"),
+        (UnlearnOptions, {"seed": 2**32}, "--seed 4294967296 is too large.", "Give at most 4294967295."),
+        (UnlearnOptions, {"seed": -1}, "--seed -1 is too small.", "Give at least 0."),
+        (config.ImportanceOptions, {"importance_eps": 0.0}, "--importance-eps 0.0 is too", "Give more than 0."),
+        (config.ImportanceOptions, {"seed": 2**32}, "--seed 4294967296 is too large.", "Give at most"),
+        (config.EvaluateOptions, {"max_new_tokens": 0}, "--max-new-tokens 0 is too small.", "Give at least 1."),
+        (config.EvaluateOptions, {"seed": 2**32}, "--seed 4294967296 is too large.", "Give at most"),
+        (config.DemoOptions, {"seed": 2**32}, "--seed 4294967296 is too large.", "Give at most"),
+        (
+            UnlearnOptions,
+            {"forget_weight": 0.0, "retain_weight": 0.0},
+            "--forget-weight 0 and --retain-weight 0 leave nothing to train.",
+            "Give one of them a larger weight.",
+        ),
+    ],
+)
+def test_values_that_no_run_can_use_are_refused(cls, values, given, remedy):
+    with pytest.raises(InputError) as caught:
+        resolve(cls, {}, values)
+    assert given in caught.value.given
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("cls", [c for c in OPTION_SETS if dataclasses.is_dataclass(c)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_may_be_infinite_or_none(cls, value):
+    for name, field in cls.fields().items():
+        if "float" in str(field.type):
+            with pytest.raises(InputError, match=r"is not a finite number\.\nGive a finite number\."):
+                resolve(cls, {}, {name: value})
+
+
+def test_values_at_the_bounds_are_taken():
+    resolve(UnlearnOptions, {}, {"adam_beta2": 0.0, "max_steps": -1, "seed": 2**32 - 1, "epochs": 0.1, "alpha": 0.5})
+    resolve(UnlearnOptions, {}, {"max_steps": 1, "retain_weight": 0.0})
+    resolve(UnlearnOptions, {"method": "ga"}, {})

@@ -13,7 +13,7 @@ from loku import cli
 from loku.demo import check_memorised
 from loku.errors import LokuError
 from loku.evaluation.results import read_results
-from loku.files import read_json
+from loku.files import read_json, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LOKU_DATA_DIR", "/nonexistent"))
@@ -49,7 +49,10 @@ def test_the_demo_shows_what_it_claims(tmp_path, seed):
         assert found[name].summary["model_utility"] > found["graddiff"].summary["model_utility"]
         assert found[name].summary["model_utility"] > found["ga"].summary["model_utility"]
     assert (tmp_path / "demo" / "report.html").is_file()
+    reference = tmp_path / "demo" / "retain-only" / "results.json"
     for run in (tmp_path / "demo" / "runs").iterdir():
+        assert (run / "results.retain_only.json").read_bytes() == reference.read_bytes()
+        assert f"(sha256 {sha256_file(reference)[:12]})" in found[run.name].verdict["rests_on"]
         assert (run / "report.html").is_file()
         assert read_json(run / "run.json")["status"] == "finished"
     for told in ("pretrain ", "unlearning by loku", "measuring"):
@@ -69,6 +72,10 @@ def test_the_demo_replaces_nothing_but_a_demo(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("precious")
     assert cli.main(["demo", "--output", str(tmp_path)]) == 2
     assert "is not empty and holds no demo.\nChoose a new folder." in capsys.readouterr().err
+    assert cli.main(["demo", "--output", str(tmp_path / "thesis.txt")]) == 2
+    assert "thesis.txt' is a file.\nChoose a new folder." in capsys.readouterr().err
+    assert cli.main(["demo", "--output", str(tmp_path / "thesis.txt" / "sub")]) == 2
+    assert "' lies under '" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

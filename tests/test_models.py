@@ -15,8 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 from loku.errors import InputError
 from loku.models import (
+    _check_whole,
+    check_fits,
     check_model_source,
     check_tokenizer,
+    context_length,
     load_adapter,
     load_config,
     load_model,
@@ -56,13 +59,19 @@ def test_a_model_comes_in_eval_mode_and_in_its_own_type(model_folder, tmp_path):
 
 def test_the_device_is_a_gpu_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device(None) == torch.device("cpu")
     assert pick_device("cpu") == torch.device("cpu")
-    refused("--device 'cuda:1' was given, but torch sees no GPU here.", "Leave --device", lambda: pick_device("cuda:1"))
+    for device in ("cuda:1", "cuda", "meta", "vulkan"):
+        given = f"--device '{device}' was given, but torch can use none of that kind here."
+        refused(given, "Leave --device out, or give another.", lambda: pick_device(device))  # noqa: B023
     refused("--device 'qpu' is not a device.", "Give cpu, cuda or cuda:<number>.", lambda: pick_device("qpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device(None) == torch.device("cuda")
     assert pick_device("cuda:1") == torch.device("cuda:1")
+    for device in ("cuda:9", "cuda:99999"):
+        refused("but torch can use only 2 of that kind here.", "Leave --device out", lambda: pick_device(device))  # noqa: B023
 
 
 @pytest.mark.parametrize("name", ["gpt2", "owner/name", "meta-llama/Llama-2-7b-chat-hf"])
@@ -111,6 +120,7 @@ def test_quantised_models_are_refused(folder, config, kind):
     edit(folder / "config.json", quantization_config=config)
     for load in (load_config, load_model):
         refused(f"is quantised ({kind}).", "Give the floating-point model", lambda: load(str(folder)))  # noqa: B023
+    assert load_config(str(folder), quantised=True).quantization_config
 
 
 def test_weights_that_cannot_be_loaded_are_refused(folder):
@@ -130,8 +140,51 @@ def test_weights_that_cannot_be_loaded_are_refused(folder):
     check("")
     (folder / "config.json").write_text(config)
     load_model(str(folder))
-    (folder / "config.json").write_text('{"model_type": "t5"}')
-    check("Unrecognized configuration class")
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert", "clip"])
+def test_models_that_do_not_write_from_left_to_right_are_refused(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    given = f"The model '{folder}' ({kind}) is not a causal language model."
+    for load in (load_config, load_model):
+        refused(given, "Give one that writes a text from left to right", lambda: load(str(folder)))  # noqa: B023
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_are_whole_and_refused_when_they_are_not(tmp_path, architecture):
+    tiny_model(architecture).save_pretrained(tmp_path)
+    load_model(str(tmp_path), device="cpu")  # tied weights are not missing
+    tensors = load_file(tmp_path / "model.safetensors")
+    name, other = sorted(key for key in tensors if ".layers." in key or ".h." in key)[:2]
+    save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors", {"format": "pt"})
+    remedy = "Give a whole causal language model"
+    refused(f"The weights of '{tmp_path}' lack '{name}'.", remedy, lambda: load_model(str(tmp_path)))
+    kept = {k: v for k, v in tensors.items() if k not in (name, other)}
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(f"The weights of '{tmp_path}' lack '{name}' and 1 others.", remedy, lambda: load_model(str(tmp_path)))
+
+
+def test_weights_of_another_size_are_refused():
+    loading = {"missing_keys": set(), "mismatched_keys": {("lm_head.weight", (3, 2), (2, 2))}}
+    refused(
+        "The weights of 'm' have another size for 'lm_head.weight'.", "Give a whole causal language model",
+        lambda: _check_whole("m", loading),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "setting"), [("gpt2", "n_positions"), ("llama", "max_position_embeddings")])
+def test_what_a_model_cannot_read_is_refused(architecture, setting):
+    tokenizer, model = byte_level_tokenizer(), tiny_model(architecture, **{setting: 20})
+    assert context_length(model) == 20
+    check_fits(model, tokenizer, 20)
+    given = "The longest row has 21 tokens, but the model reads 20 at most."
+    refused(given, "Give --max-length 20 or less", lambda: check_fits(model, tokenizer, 21))
+    smaller = tiny_model(architecture, vocab_size=300)
+    given = f"The tokenizer has ids up to {len(tokenizer) - 1}, but the model's embedding has 300 rows."
+    refused(given, "Give the tokenizer that belongs to the model", lambda: check_fits(smaller, tokenizer, 2))
+    check_fits(tiny_model(architecture, vocab_size=500), tokenizer, 2)
+    if architecture == "llama":
+        check_fits(lora(model), tokenizer, 20)
 
 
 OWN_CODE = """
@@ -145,7 +198,11 @@ class OwnConfig(LlamaConfig):
 
 def test_code_in_a_model_folder_is_not_run_by_default(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    edit(
+        folder / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    )
     (folder / "own.py").write_text(OWN_CODE)
     for load in (load_config, load_model):
         refused("contains custom code which must be executed", "needs --trust-remote-code.", lambda: load(str(folder)))  # noqa: B023

@@ -133,13 +133,14 @@ def test_a_merge_is_not_scored_when_the_rows_are_gone(capsys, tmp_path, finished
 
 
 def test_what_cannot_be_exported_is_refused(capsys, tmp_path, model_folder, finished):
+    output = ("--output", tmp_path / "out")
+
     def refused(given, remedy, *arguments):
         status, _, err = run(capsys, "export", *arguments)
         assert status == 2, err
         assert given in err
         assert remedy in err
 
-    output = ("--output", tmp_path / "out")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "adapter_config.json").write_text((finished / "adapter" / "adapter_config.json").read_text())
@@ -149,6 +150,14 @@ def test_what_cannot_be_exported_is_refused(capsys, tmp_path, model_folder, fini
     (full / "model").mkdir(parents=True)
 
     refused("--output is missing.", "Give a new folder", finished)
+    (tmp_path / "file").write_text("precious")
+    refused("file' is a file.", "Give a new folder to write.", finished, "--output", tmp_path / "file")
+    refused("' lies under '", "Give a path under a folder.", finished, "--output", tmp_path / "file" / "sub")
+    for name, content in (("run.json", "{"), ("results.json", "[]"), ("adapter/adapter_config.json", "{")):
+        broken = shutil.copytree(finished, tmp_path / "broken" / name)
+        (broken / name).write_text(content)
+        (broken / "run.json").write_text(content if name == "run.json" else "{}")
+        refused(f"The file '{broken / name}' ", "Restore it from a copy, or export another run.", broken, *output)
     refused("is not empty.", "nothing there is overwritten", finished, "--output", finished)
     refused("--rank is missing.", "Give the rank to keep, below 8.", finished, "--form", "truncated", *output)
     refused("--rank 99 is outside 1 to 8.", "give less", finished, "--form", "truncated", "--rank", 99, *output)

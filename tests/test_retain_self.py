@@ -144,6 +144,27 @@ def test_sampling_stops_when_there_are_enough(monkeypatch):
     assert batches == [2, 2]
 
 
+@pytest.mark.parametrize(("architecture", "setting"), [("gpt2", "n_positions"), ("llama", "max_position_embeddings")])
+def test_no_text_goes_beyond_what_the_model_can_read(monkeypatch, architecture, setting):
+    model = tiny_model(architecture, **{setting: 20})
+    lengths = []
+    original = retain_self._sample
+    monkeypatch.setattr(
+        retain_self, "_sample", lambda m, t, start, count, length: (
+            lengths.append(len(start) + length), original(m, t, start, count, length)
+        )[1],
+    )  # fmt: skip
+    assert len(sample(model, TagTemplate(), length=100)) == 6
+    assert set(lengths) == {20}
+
+
+def test_a_template_that_refuses_the_opening_is_named():
+    chatty = byte_level_tokenizer.__wrapped__()
+    chatty.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(InputError, match=r"--retain self: the tokenizer's chat template refuses .* \(no\)\.\nGive"):
+        opening(ChatTemplate(), chatty)
+
+
 def test_texts_start_where_a_question_would_start():
     tagged = sample(template=TagTemplate())
     assert all(record.text.startswith("Question:") for record in tagged)

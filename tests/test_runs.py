@@ -12,7 +12,7 @@ from builders import tiny_model
 from loku import runs
 from loku.config import FinetuneOptions, UnlearnOptions
 from loku.errors import InputError
-from loku.runs import SETTINGS_WITHOUT_EFFECT, MetricsLog, RunFolder
+from loku.runs import SETTINGS_WITHOUT_EFFECT, MetricsLog, RunFolder, check_tracker
 
 CONFIG = {"model": "tiny", "rank": 4, "learning_rate": 1e-05, "retain": None, "threads": 1, "report_to": "none"}
 
@@ -109,6 +109,7 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
     refused("--output is missing.", "Give a folder for the run", "")
     (tmp_path / "file").write_text("precious")
     refused(f"--output '{tmp_path / 'file'}' is a file.", "Give a folder.", tmp_path / "file")
+    refused("file/sub' lies under '", "Give a path under a folder.", tmp_path / "file" / "sub")
     refused("is not empty and holds no run.", "Choose a new folder: nothing there is overwritten.", tmp_path)
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -117,6 +118,13 @@ def test_folders_that_are_no_runs_are_refused(tmp_path):
 def test_a_config_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused("config.yaml' is not the config.yaml of a run.", "Choose a new --output folder.", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_broken_record_is_refused(tmp_path, content):
+    RunFolder.check(tmp_path / "run", CONFIG).start("unlearn")
+    (tmp_path / "run" / "run.json").write_bytes(content)
+    refused("run.json' ", "Restore it from a copy, or choose a new --output folder.", tmp_path / "run")
 
 
 def test_a_run_on_other_rows_or_another_model_is_refused(tmp_path):
@@ -203,3 +211,12 @@ def test_losses_are_logged_a_line_a_step_and_what_is_not_finite_as_null(tmp_path
 def test_memory_and_processor_are_told():
     assert runs.peak_memory_bytes() > sum(p.nbytes for p in tiny_model().parameters())
     assert runs.hardware()["cpu"]
+
+
+def test_trackers_that_are_not_installed_are_refused(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["wandb"])
+    for name in ("none", "all", "wandb"):
+        check_tracker(name)
+    sentence = r"--report-to 'tensorboard' was given, but its package is not installed\.\nInstall it, or leave"
+    with pytest.raises(InputError, match=sentence):
+        check_tracker("tensorboard")

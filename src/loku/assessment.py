@@ -11,17 +11,17 @@ from typing import Any
 from rich.table import Table
 
 from loku.adapters.anchor import target_model
-from loku.config import EvaluateOptions, ExportOptions, UnlearnOptions
-from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
+from loku.config import ExportOptions, UnlearnOptions
+from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
-from loku.evaluation.logs import evaluate_logs
+from loku.evaluation.measuring import check_measurable
 from loku.evaluation.own import evaluate_own
-from loku.evaluation.reference import check_reference, load_reference
+from loku.evaluation.reference import Reference, check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
-from loku.evaluation.tofu import evaluate_tofu
+from loku.files import replace_file
 from loku.job import Job, UnlearnResult
-from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
+from loku.models import check_model_source, load_config, load_model, load_tokenizer
 from loku.progress import console, progress
 from loku.report.card import write_model_card
 from loku.report.html import write_report
@@ -36,53 +36,67 @@ COLUMNS = (
     ("general exact match", "general", "exact_match"),
     ("forget repetition", "forget", "repetition"),
 )
-OWN_MAX_LENGTH, TOFU_MAX_LENGTH = 500, 200  # tokens; TOFU's counts the prompt
+GZIP = b"\x1f\x8b"  # how a gzipped file begins
 MOVED = 0.02  # change of a mean forget score that a merge into the stored type must not exceed unnoticed
 
 
 @dataclass(frozen=True)
 class AssessmentRows:
-    """Rows and references beyond forget and retain, read before any work starts."""
+    """Rows and references beyond forget and retain, read before any work starts.
+
+    The retain-only reference is either measured already (`reference`) or a model that is to be measured.
+    """
 
     retain: RecordSet | None = None  # where other rows are to be measured than those trained on
     holdout: RecordSet | None = None
     general: RecordSet | None = None
     target: Results | None = None
-    retain_only: Results | None = None
+    reference: Reference | None = None
     retain_only_model: str | None = None
 
 
 def load_assessment_rows(options: UnlearnOptions) -> AssessmentRows:
-    """Read the holdout and general rows and the retain-only model's results (or check that it is a model)."""
-    results, model = None, None
+    """Read the holdout and general rows and the retain-only model's results or log (or check that it is a model)."""
+    reference, model = None, None
     given = options.retain_only_model
-    if given and given.endswith(".json"):
-        results = load_reference(given).results
+    if given and (given.endswith((".json", ".json.gz")) or Path(given).is_file()):
+        reference = load_reference(given)
     elif given:
         model = check_model_source(given, option="--retain-only-model")
     return AssessmentRows(
         holdout=_records(options.holdout, "--holdout", options),
         general=_records(options.general, "--general", options),
-        retain_only=results,
+        reference=reference,
         retain_only_model=model,
     )
 
 
 def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
-    """Raise InputError, before any work, when the retain-only reference does not fit.
+    """Raise InputError, before any work, when rows or the retain-only reference do not fit.
 
-    Results must have been measured on the same forget rows; a model must share the target's vocabulary.
+    Every row to be measured must leave an answer within --max-length. Results must have been measured on the same
+    forget rows; a retain-only model must share the target's vocabulary.
     """
+    if not options.evaluate:
+        return
+    given = {
+        "forget": job.forget,
+        "retain": rows.retain or job.retain,
+        "holdout": rows.holdout,
+        "general": rows.general,
+    }
+    sets = {name: list(found)[: options.eval_rows] for name, found in given.items() if found is not None}
+    check_measurable(job.model, job.tokenizer, job.encoder, sets)
     if rows.retain_only_model is not None:
+        load_config(rows.retain_only_model, trust_remote_code=options.trust_remote_code, option="--retain-only-model")
         theirs = load_tokenizer(rows.retain_only_model, trust_remote_code=options.trust_remote_code)
         if theirs.get_vocab() != job.tokenizer.get_vocab():
             raise InputError(
                 f"--retain-only-model '{rows.retain_only_model}' has another vocabulary than the target model.",
                 "Train both from the same model and tokenizer (`loku finetune --tokenizer-data` for new models).",
             )
-    if options.evaluate and rows.retain_only is not None:
-        records = list(job.forget)[: options.eval_rows]
-        check_reference(load_reference(rows.retain_only), records, job.forget.sha256, option="--retain-only-model")
+    if rows.reference is not None:
+        check_reference(rows.reference, sets["forget"], job.forget.sha256, option="--retain-only-model")
 
 
 def _records(source: str | None, option: str, options: Any) -> RecordSet | None:
@@ -114,6 +128,8 @@ def assess(
         verdict = measured["unlearned"].verdict
         if verdict:
             console.print(f"[bold]verdict:[/bold] {verdict['level']}. {verdict['sentence']}")
+        for warning in measured["unlearned"].warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
     adapter = run.record["adapter"]
     if adapter["rank"] is not None:
@@ -127,6 +143,7 @@ def assess(
 def _measure(
     result: UnlearnResult, job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentRows
 ) -> dict[str, Results]:
+    """Measure and write each model's results in turn: the verdict rests on the reference's file as it lies there."""
     measured: dict[str, Results] = {}
 
     def measure(role: str, model: Any, **more: Any) -> Results:
@@ -149,6 +166,7 @@ def _measure(
             )
 
     base, digest = options.model or "in memory", run.record["model"]["sha256"]
+    reference = rows.reference
     if rows.target is not None:
         measured["target"] = rows.target
     elif options.tune == "lora":
@@ -162,27 +180,41 @@ def _measure(
         )
         measured["target"] = measure("target", target, model_name=base, model_sha256=digest)
         del target
-    if rows.retain_only is not None:
-        measured["retain_only"] = rows.retain_only
+    if reference is not None and reference.results is not None:  # an official log holds figures of the forget set alone
+        measured["retain_only"] = reference.results
+        reference = _copy_reference(reference, run.path)
     elif rows.retain_only_model:
-        reference = load_model(
+        retain_only = load_model(
             rows.retain_only_model,
             dtype=options.dtype,
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
-        measured["retain_only"] = measure("retain_only", reference, model_name=rows.retain_only_model)
-        del reference
+        measured["retain_only"] = measure("retain_only", retain_only, model_name=rows.retain_only_model)
+        del retain_only
+        reference = load_reference(write_results(measured["retain_only"], run.path, role="retain_only"))
     measured["unlearned"] = measure(
         "unlearned",
         result.model,
         model_name=f"{base} after {options.method}",
-        reference=measured.get("retain_only"),
+        reference=reference,
         target=measured.get("target"),
     )
-    for role, found in measured.items():
-        write_results(found, run.path, role=None if role == "unlearned" else role)
+    if "target" in measured:
+        write_results(measured["target"], run.path, role="target")
+    write_results(measured["unlearned"], run.path)
     return measured
+
+
+def _copy_reference(reference: Reference, folder: Path) -> Reference:
+    """Put the reference's results into a run folder byte by byte, so that its hash is that of the copy, too."""
+    assert reference.results is not None
+    copy = folder / "results.retain_only.json"
+    content = reference.path.read_bytes() if reference.path is not None and reference.path.is_file() else GZIP
+    if content.startswith(GZIP):  # packed, in memory, or gone by now: there are no bytes that another reader would take
+        return load_reference(write_results(reference.results, folder, role="retain_only"))
+    replace_file(copy, lambda temporary: Path(temporary).write_bytes(content))
+    return load_reference(copy)
 
 
 def name_of(role: str, options: UnlearnOptions) -> str:
@@ -208,107 +240,6 @@ def _shown(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2g}" if 0 < value < 0.005 else f"{value:.3f}"
-
-
-def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
-    """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json."""
-    check_model_source(options.model)
-    if options.retain_logs:
-        raise InputError("--retain-logs was given without --from-logs.", "Use --reference for a model's reference.")
-    if options.suite == "own" and not options.forget:
-        raise InputError("--forget is missing.", "Suite own measures your rows; or choose --suite tofu.")
-    if not options.output and not options.json:
-        raise InputError("--output is missing.", "Give a folder for results.json, or --json to print it.")
-    if options.output and Path(options.output).is_file():
-        raise InputError(f"--output '{options.output}' is a file.", "Give a folder for results.json.")
-    own = {
-        name: _records(getattr(options, name), f"--{name}", options)
-        for name in ("forget", "retain", "holdout", "general")
-    }
-    name = str(options.model)
-    tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
-    template = resolve_template(tokenizer, name, options.prompt_template)
-    model = load_model(name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code)
-    digest = weights_sha256(model)
-    if options.adapter:
-        model = load_adapter(model, options.adapter)
-    results = _run_suite(model, tokenizer, template, own, options, digest)
-    if options.adapter:
-        from loku.files import sha256_file
-
-        weights = Path(options.adapter) / "adapter_model.safetensors"
-        results.adapter = {"name": options.adapter, "sha256": sha256_file(weights)}
-    if options.output:
-        path = write_results(results, options.output)
-        if not options.json:
-            console.print(f"results written to {path}")
-    if not options.json:
-        print_table({"model": results})
-        if results.verdict:
-            console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
-    for warning in results.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return results.to_json()
-
-
-def _run_suite(
-    model: Any,
-    tokenizer: Any,
-    template: TagTemplate | ChatTemplate,
-    own: Mapping[str, RecordSet | None],
-    options: EvaluateOptions,
-    digest: str,
-) -> Results:
-    common: dict[str, Any] = {
-        "max_rows": options.max_rows,
-        "template": template,
-        "keep_text": options.keep_text,
-        "reference": options.reference,
-        "target": options.target,
-        "seed": options.seed,
-        "model_name": options.model,
-        "model_sha256": digest,
-    }
-    with progress("measuring") as update:
-        if options.suite == "tofu":
-            sets = tuple(part.strip() for part in options.sets.split(","))
-            return evaluate_tofu(
-                model,
-                tokenizer,
-                max_length=options.max_length or TOFU_MAX_LENGTH,
-                max_new_tokens=options.max_new_tokens,
-                forget_split=options.forget_split,
-                data_dir=options.data_dir,
-                sets=sets,
-                progress=update,
-                **common,
-            )
-        forget = own["forget"]
-        assert forget is not None
-        rest: dict[str, Any] = {name: found for name, found in own.items() if name != "forget"}
-        return evaluate_own(
-            model,
-            tokenizer,
-            forget=forget,
-            max_length=options.max_length or OWN_MAX_LENGTH,
-            max_new_tokens=options.max_new_tokens,
-            progress=update,
-            **rest,
-            **common,
-        )
-
-
-def evaluate_logs_from_options(options: EvaluateOptions) -> dict[str, Any]:
-    """Run `loku evaluate --from-logs`: figures of official TOFU logs, no model needed."""
-    assert options.from_logs is not None
-    outcome = evaluate_logs(options.from_logs, retain_logs=options.retain_logs)
-    for warning in outcome.get("warnings", []):
-        print(f"warning: {warning}", file=sys.stderr)
-    if not options.json:
-        for key, value in outcome.items():
-            if isinstance(value, int | float):
-                console.print(f"{key}: {value:.6g}")
-    return outcome
 
 
 def rescore_merged(merged: Path, options: ExportOptions) -> None:

@@ -6,8 +6,10 @@ The command line, YAML recipes and the Python API all read these dataclasses.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,11 @@ FORGET_LOSSES = (
 RETAIN_LOSSES = ("nll", "kl", "hidden", "ap")
 COMBINERS = ("sum", "pcgrad", "gru", "primal-dual")
 INITIALISERS = ("fila", "fila-official", "lora")
+TRACKERS = (
+    "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow",
+    "neptune", "swanlab", "tensorboard", "trackio", "wandb",
+)  # fmt: skip
+LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
 
 
 def option(
@@ -30,9 +37,22 @@ def option(
     choices: tuple[str, ...] | None = None,
     source: str | None = None,
     least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    special: float | None = None,
 ) -> Any:
-    """Define an option: default, help text, valid names or smallest value, and where the default is from."""
-    return field(default=default, metadata={"help": help, "choices": choices, "source": source, "least": least})
+    """Define an option: default, help text, valid names or bounds, and where the default is from.
+
+    `least` and `most` are themselves valid, `above` and `below` are not; `special` is one more value, outside the
+    bounds, that has a meaning of its own.
+    """
+    bounds = {"least": least, "most": most, "above": above, "below": below, "special": special}
+    return field(default=default, metadata={"help": help, "choices": choices, "source": source} | bounds)
+
+
+def _seed(default: int, help: str, **more: Any) -> Any:
+    return option(default, help, least=0, most=LARGEST_SEED, **more)
 
 
 def pairs(help: str) -> Any:
@@ -67,11 +87,11 @@ class Options:
         """Raise InputError for values that no run can use."""
         for name, f in self.fields().items():
             value = getattr(self, name)
-            choices, least = f.metadata.get("choices"), f.metadata.get("least")
+            choices = f.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 raise InputError(f"{flag(name)} '{value}' is not known.", suggestion(str(value), choices))
-            if least is not None and value is not None and value < least:
-                raise InputError(f"{flag(name)} {value} is too small.", f"Give at least {least:g}.")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                _check_number(name, value, f.metadata)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all options with their values, in the order of their definition."""
@@ -96,16 +116,32 @@ def _parse_pairs(name: str, text: str) -> dict[str, Any]:
     return found
 
 
+def _check_number(name: str, value: float, bounds: Mapping[str, Any]) -> None:
+    """Raise InputError for a number that is not finite or out of an option's bounds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{flag(name)} {value} is not a finite number.", "Give a finite number.")
+    least, most, above, below, special = (bounds.get(key) for key in ("least", "most", "above", "below", "special"))
+    if special is not None and value == special:
+        return
+    other = "" if special is None else f", or {special}"
+    if least is not None and value < least:
+        raise InputError(f"{flag(name)} {value} is too small.", f"Give at least {least}{other}.")
+    if above is not None and value <= above:
+        raise InputError(f"{flag(name)} {value} is too small.", f"Give more than {above}{other}.")
+    if most is not None and value > most:
+        raise InputError(f"{flag(name)} {value} is too large.", f"Give at most {most}{other}.")
+    if below is not None and value >= below:
+        raise InputError(f"{flag(name)} {value} is too large.", f"Give less than {below}{other}.")
+
+
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is dict and isinstance(value, str):
         return _parse_pairs(name, value)
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if float in accepted and isinstance(value, str):  # YAML reads 1e-4 as a string
-        try:
+    if float in accepted and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if (int in accepted and isinstance(value, bool)) or not isinstance(
         value, tuple(typing.get_origin(a) or a for a in accepted)
@@ -137,8 +173,8 @@ class TrainingOptions(ModelOptions):
     """Options of every verb that trains."""
 
     output: str | None = option(None, "folder to write; an interrupted run in it is resumed")
-    epochs: float = option(5.0, "passes over the data", source="LoKU, released scripts", least=0)
-    max_steps: int = option(-1, "optimiser steps; overrides --epochs when positive")
+    epochs: float = option(5.0, "passes over the data", source="LoKU, released scripts", above=0)
+    max_steps: int = option(-1, "optimiser steps instead of --epochs; -1: as many as those take", least=1, special=-1)
     batch_size: int = option(8, "sequences per step and device", least=1)
     grad_accum: int = option(
         4, "batches per optimiser step (8 x 4 = 32 in all)", source="LoKU, released scripts", least=1
@@ -152,14 +188,14 @@ class TrainingOptions(ModelOptions):
     weight_decay: float = option(
         0.0, "AdamW weight decay; 0, since decay of FILA's factors decays pretrained content", least=0
     )
-    adam_beta2: float = option(0.999, "AdamW's second beta", least=0)
+    adam_beta2: float = option(0.999, "AdamW's second beta", least=0, below=1)
     max_grad_norm: float = option(1.0, "gradient norm to clip at", least=0)
     activation_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     save_steps: int = option(0, "steps between checkpoints; 0: one per epoch; -1: none", least=-1)
     max_loss: float = option(1000.0, "stop when a mean loss exceeds this size: the run has exploded", least=0)
-    report_to: str = option("none", "trackers known to transformers, such as tensorboard or wandb")
+    report_to: str = option("none", "tracker known to transformers, such as tensorboard or wandb", choices=TRACKERS)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice (small models run best with 1)", least=0)
-    seed: int = option(42, "seed of everything random", source="LoKU, released scripts", least=0)
+    seed: int = _seed(42, "seed of everything random", source="LoKU, released scripts")
 
 
 @dataclass
@@ -194,13 +230,13 @@ class UnlearnOptions(TrainingOptions):
     tune: str = option("lora", "lora trains an adapter; full trains all weights of a copy", choices=("lora", "full"))
     tune_layers: int | None = option(None, "with --tune full: only this many last decoder layers", least=1)
     rank: int = option(16, "LoRA rank", source="LoKU: 4, 8, 16 and 32", least=1)
-    alpha: float | None = option(None, "LoRA alpha (default: twice the rank)", source="LoKU, released scripts")
+    alpha: float | None = option(None, "LoRA alpha (default: twice the rank)", source="LoKU, released scripts", above=0)
     targets: str = option(
         "all-linear", "layers to adapt, comma-separated; all-linear leaves out the head", source="LoKU"
     )
     importance: str | None = option(None, "importance file to use (and to write, when it does not exist yet)")
     importance_eps: float | None = option(
-        None, "eps of the importance ratio (default: 0.01 x the layer's mean retain Fisher)"
+        None, "eps of the importance ratio (default: 0.01 x the layer's mean retain Fisher)", above=0
     )
     importance_batch_size: int = option(4, "sequences per importance batch", source="LoKU, released scripts", least=1)
     self_rows: int = option(200, "texts to sample for --retain self", least=1)
@@ -208,12 +244,12 @@ class UnlearnOptions(TrainingOptions):
     evaluate: bool = option(True, "measure the model before and after, and write the report")
     eval_rows: int = option(100, "most rows per set to measure", least=1)
     max_new_tokens: int | None = option(
-        None, "longest generated answer when measuring (default: from the answers' lengths)"
+        None, "longest generated answer when measuring (default: from the answers' lengths)", least=1
     )
     holdout: str | None = option(None, "rows of the same kind that were never trained on, for membership figures")
     general: str | None = option(None, "general-knowledge rows, for utility")
     retain_only_model: str | None = option(
-        None, "model trained without the forget set, or its results.json: the reference"
+        None, "the reference: a model trained without the forget set, its results.json, or its official log"
     )
     keep_text: bool = option(False, "keep example generations in the run folder and the report")
 
@@ -221,6 +257,14 @@ class UnlearnOptions(TrainingOptions):
     def lora_alpha(self) -> float:
         """The LoRA alpha in use: twice the rank unless given."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    def check(self) -> None:
+        """Raise InputError for values that no run can use, and when neither loss would train anything."""
+        super().check()
+        if not self.forget_weight and not self.retain_weight:
+            raise InputError(
+                "--forget-weight 0 and --retain-weight 0 leave nothing to train.", "Give one of them a larger weight."
+            )
 
 
 @dataclass
@@ -243,9 +287,11 @@ class ImportanceOptions(ModelOptions):
     retain: str | None = option(None, "what must stay")
     init: str = option("fila", "which recipe: fila or fila-official", choices=("fila", "fila-official"), source="LoKU")
     targets: str = option("all-linear", "layers, comma-separated; all-linear leaves out the head", source="LoKU")
-    importance_eps: float | None = option(None, "eps of the ratio (default: 0.01 x the layer's mean retain Fisher)")
+    importance_eps: float | None = option(
+        None, "eps of the ratio (default: 0.01 x the layer's mean retain Fisher)", above=0
+    )
     importance_batch_size: int = option(4, "sequences per batch", source="LoKU, released scripts", least=1)
-    seed: int = option(42, "seed of the retain sample", least=0)
+    seed: int = _seed(42, "seed of the retain sample")
     output: str | None = option(None, "safetensors file to write")
 
 
@@ -267,13 +313,13 @@ class EvaluateOptions(ModelOptions):
     reference: str | None = option(None, "results.json or official log of the retain-only model")
     target: str | None = option(None, "results.json of the target model, for the verdict")
     max_rows: int = option(300, "most rows per set", source="TOFU: ds_size 300", least=1)
-    max_new_tokens: int | None = option(None, "longest generated answer (default: the suite's)")
-    output: str | None = option(None, "folder for results.json")
+    max_new_tokens: int | None = option(None, "longest generated answer (default: the suite's)", least=1)
+    output: str | None = option(None, "folder for results.json (with --from-logs: results_from_logs.json)")
     keep_text: bool = option(False, "also write generations to examples.jsonl")
     from_logs: str | None = option(None, "instead of a model: an official TOFU log (.json or .json.gz)")
     retain_logs: str | None = option(None, "with --from-logs: the retain-only model's log")
     json: bool = option(False, "print one JSON object")
-    seed: int = option(42, "seed of the bootstrap intervals", least=0)
+    seed: int = _seed(42, "seed of the bootstrap intervals")
 
 
 @dataclass
@@ -313,7 +359,7 @@ class DemoOptions(Options):
     """Options of `loku demo`."""
 
     output: str = option("demo", "folder to write")
-    seed: int = option(0, "seed of corpus and training", least=0)
+    seed: int = _seed(0, "seed of corpus and training")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -325,6 +371,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a YAML file, or options only.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"The recipe '{path}' is not UTF-8 text ({error}).", "Save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise InputError(f"The recipe '{path}' is not YAML: {error}", "Write one `option: value` a line.") from error
     if not isinstance(values, dict):
@@ -340,6 +388,6 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
             raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, hints))
     settings: dict[str, Any] = {}
     method = flags.get("method", recipe.get("method"))
-    if "method" in hints and method in METHODS:
+    if "method" in hints and isinstance(method, str) and method in METHODS:
         settings = dict(METHODS[method].settings)
     return cls.from_mapping(settings | recipe | flags, where=where)

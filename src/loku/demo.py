@@ -18,7 +18,7 @@ from loku.data.fiction import Fiction, make_fiction, mix_replay
 from loku.demo_steps import METHODS, Step, run_step, start_worker
 from loku.errors import InputError, LokuError
 from loku.evaluation.results import Results, read_results
-from loku.files import write_json, write_text
+from loku.files import check_output_folder, write_json, write_text
 from loku.progress import Board, console
 from loku.report.html import write_report
 
@@ -56,8 +56,8 @@ def demo(options: DemoOptions) -> Path:
 
 def _fresh_folder(output: str) -> Path:
     """Return an empty folder; only a former demo is replaced."""
-    folder = Path(output)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file()):
+    folder = check_output_folder(output, "Choose a new folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise InputError(f"--output '{output}' is not empty and holds no demo.", "Choose a new folder.")
     if folder.is_dir():
         shutil.rmtree(folder)

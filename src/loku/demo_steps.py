@@ -18,6 +18,7 @@ from loku.data.fiction import REPLAY_SHARE, fiction_model_config, fiction_tokeni
 from loku.data.prompts import TagTemplate, save_template
 from loku.data.sources import RecordSet, load_records
 from loku.evaluation.own import evaluate_own
+from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.finetune import train_model
 from loku.job import prepare
@@ -174,6 +175,6 @@ def _unlearn(step: Step, method: str) -> None:
         retain=_rows(step, "retain"),
         general=_rows(step, "general"),
         target=read_results(target / "results.json"),
-        retain_only=read_results(step.folder / "retain-only" / "results.json"),
+        reference=load_reference(step.folder / "retain-only" / "results.json"),
     )
     assess(run_job(job, run, options), job, run, options, rows)

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -24,9 +25,9 @@ from loku.data.encoding import EncodedSet, Encoder, Example
 from loku.data.prompts import resolve_template, save_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
-from loku.models import load_config, load_model, load_tokenizer, pick_device, weights_sha256
+from loku.models import check_fits, is_causal, load_config, load_model, load_tokenizer, pick_device, weights_sha256
 from loku.progress import console, progress
-from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
+from loku.runs import MetricsLog, RunFolder, check_tracker, peak_memory_bytes
 from loku.trainer import GuardedTrainer, TrainingProgress, check_finite, steps_per_epoch, training_arguments
 
 
@@ -36,6 +37,7 @@ def finetune(options: FinetuneOptions) -> Path:
     Run it twice from the same model, once on all rows and once without the forget rows, for a target model and its
     retain-only reference. Raises InputError before any work when something given cannot be used.
     """
+    check_tracker(options.report_to)
     run = RunFolder.check(options.output, options.as_dict())
     if not options.data:
         raise InputError("--data is missing.", "Give the rows to learn: a file, a dataset folder or a hub id.")
@@ -44,6 +46,7 @@ def finetune(options: FinetuneOptions) -> Path:
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     encoded = Encoder(tokenizer, template, options.max_length).encode_records(records, option="--data")
     counts = encoded.counts
+    check_fits(model, tokenizer, max(len(example.input_ids) for example in encoded.examples))
     data = {"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}}
     run.check_inputs(data)
     if run.finished and any(run.path.glob("*.safetensors")):
@@ -125,11 +128,12 @@ def _starting_point(options: FinetuneOptions, records: RecordSet) -> tuple[PreTr
         return model, tokenizer
     if not options.new_model:
         raise InputError("--model is missing.", "Give a model to tune, or --new-model with the settings of a new one.")
+    device = pick_device(options.device)
     settings = _read_settings(options.new_model)
     if options.tokenizer_data:  # a target and its retain-only model must share one vocabulary
         records = load_records(options.tokenizer_data, option="--tokenizer-data", data_dir=options.data_dir)
     tokenizer = train_tokenizer(_texts(records), options.vocab_size)
-    return new_model(settings, tokenizer, options.seed).to(pick_device(options.device)), tokenizer
+    return new_model(settings, tokenizer, options.seed).to(device), tokenizer
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -154,15 +158,20 @@ def new_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed
     }
     settings = dict(settings)
     kind = settings.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise InputError(f"model_type '{kind}' is not known to transformers.", "Give one such as llama or gpt_neo.")
     try:
         config = AutoConfig.for_model(kind, **(special | settings))
-    except ValueError as error:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a configuration's own checks raise what they like
         raise InputError(
-            f"model_type '{kind}' is not known to transformers.", "Give one such as llama or gpt_neo."
+            f"The settings of --new-model make no {kind}: {str(error).splitlines()[0] if str(error) else error!r}",
+            "Check sizes and heads, and that it is a causal language model; llama or gpt_neo are good starts.",
         ) from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    if not is_causal(config):
+        raise InputError(f"model_type '{kind}' is no causal language model.", "Give one such as llama or gpt_neo.")
     return model
 
 

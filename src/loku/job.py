@@ -20,11 +20,13 @@ from loku.data.refusals import REFUSALS, encode_alternates, read_refusals
 from loku.data.sources import RecordSet, load_records
 from loku.data.spans import select_spans
 from loku.errors import InputError
+from loku.files import check_output_file
 from loku.forward import text_config
 from loku.meeting import Meeting
-from loku.models import check_model_source, check_tokenizer
+from loku.models import check_fits, check_model_source, check_tokenizer
 from loku.objective import forget_term, retain_term
 from loku.retain_self import sample_retain as sample_from_model
+from loku.runs import check_tracker
 
 SELF = "self"
 
@@ -58,6 +60,12 @@ class Job:
     alternates: list[list[Example]] | None = None  # other answers to the forget prompts
     retain_alternates: list[list[Example]] | None = None
 
+    def examples(self) -> list[Example]:
+        """Return every sequence that training reads."""
+        sets = [found.examples for found in (self.encoded_forget, self.encoded_retain) if found is not None]
+        draws = [*(self.alternates or ()), *(self.retain_alternates or ())]
+        return [example for group in (*sets, *draws) for example in group]
+
 
 def load_rows(options: UnlearnOptions) -> tuple[RecordSet, RecordSet | str | None]:
     """Read the forget and retain rows that the options name. Raises InputError when either is missing."""
@@ -79,6 +87,9 @@ def prepare(
 ) -> Job:
     """Check everything and encode the rows. Raises InputError; nothing is written or trained."""
     check_tokenizer(tokenizer)
+    check_tracker(options.report_to)
+    if options.importance:
+        check_output_file(options.importance, "Give a file name ending in .safetensors.", option="--importance")
     alternates_needed = check_objective(model, options)
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     forget = as_records(forget, "--forget", options)
@@ -116,7 +127,9 @@ def prepare(
             others[side] = encode_alternates(
                 encoder, records.records, refusals=refusals, seed=options.seed, option=option
             )
-    return Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
+    job = Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
+    check_fits(model, tokenizer, max(len(example.input_ids) for example in job.examples()))
+    return job
 
 
 def with_spans(encoded: EncodedSet, records: RecordSet, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:

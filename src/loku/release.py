@@ -8,12 +8,14 @@ from typing import Any
 from loku.adapters.export import PortableLora, load_lora, save_merged, truncate
 from loku.config import ExportOptions
 from loku.errors import InputError
-from loku.files import read_json
+from loku.files import check_output_folder, read_object
 from loku.models import load_model, load_tokenizer
 from loku.progress import console
+from loku.report.artefacts import RESULT_FILES
 from loku.report.card import write_model_card
 from loku.report.words import release_note
 
+RESTORE = "Restore it from a copy, or export another run."
 SERVING_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank
 
 
@@ -27,9 +29,10 @@ def export(options: ExportOptions) -> Path:
     base_name = (
         options.model
         or run.get("model", {}).get("name")
-        or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        or read_object(folder / "adapter_config.json", RESTORE).get("base_model_name_or_path")
     )
     output = _output(options)
+    measured = {role: _results(options, name) for role, name in RESULT_FILES.items()}
     lora = load_lora(folder)
     if options.form == "truncated" and options.rank is None:
         raise InputError("--rank is missing.", f"Give the rank to keep, below {lora.rank}.")
@@ -55,9 +58,9 @@ def export(options: ExportOptions) -> Path:
     write_model_card(
         output,
         run=run,
-        results=_results(options, "results.json"),
-        target=_results(options, "results.target.json"),
-        retain_only=_results(options, "results.retain_only.json"),
+        results=measured["unlearned"],
+        target=measured["target"],
+        retain_only=measured["retain_only"],
         kind="merged" if options.form == "merged" else "adapter",
         base_model=str(base_name or "unknown"),
     )
@@ -71,23 +74,27 @@ def _source(options: ExportOptions) -> tuple[Path, dict[str, Any]]:
             f"'{options.run}' is not a folder.", "Give a run folder of `loku unlearn`, or an adapter folder."
         )
     if (given / "adapter" / "adapter_config.json").is_file():
-        return given / "adapter", read_json(given / "run.json") if (given / "run.json").is_file() else {}
+        return given / "adapter", _record(given)
     if (given / "model").is_dir():
         raise InputError(
             f"'{options.run}' was run with --tune full.",
             "Its `model` folder is the result: there is no adapter to export.",
         )
     if (given / "adapter_config.json").is_file():
-        record = given.parent / "run.json"
-        return given, read_json(record) if record.is_file() else {}
+        return given, _record(given.parent)
     raise InputError(f"'{options.run}' holds no adapter.", "Give a run folder that finished, or an adapter folder.")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / "run.json"
+    return read_object(file, RESTORE) if file.is_file() else {}
 
 
 def _output(options: ExportOptions) -> Path:
     if not options.output:
         raise InputError("--output is missing.", "Give a new folder to write.")
-    output = Path(options.output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    output = check_output_folder(options.output, "Give a new folder to write.")
+    if output.is_dir() and any(output.iterdir()):
         raise InputError(
             f"--output '{options.output}' is not empty.", "Choose a new folder: nothing there is overwritten."
         )
@@ -96,8 +103,7 @@ def _output(options: ExportOptions) -> Path:
 
 def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
     file = Path(options.run or "") / name
-    found: dict[str, Any] | None = read_json(file) if file.is_file() else None
-    return found
+    return read_object(file, RESTORE) if file.is_file() else None
 
 
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:

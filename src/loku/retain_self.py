@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.data.prompts import ChatTemplate, TagTemplate
+from loku.data.prompts import ChatTemplate, TagTemplate, render_chat
 from loku.data.records import Record
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
+from loku.models import context_length
 
 OVERLAP_WORDS = 5
 MARKER = "LOKUCONTENT"
@@ -32,11 +33,15 @@ def sample_retain(
 
     Sampling starts where a user's question would start (the template's opening), so that the texts are what the model
     says when asked; without a template it starts at the beginning of a sequence. A sample that shares five words in a
-    row with a forget answer is dropped and replaced. Deterministic for a seed.
+    row with a forget answer is dropped and replaced. No text is longer than what the model can read. Deterministic for
+    a seed.
 
     Raises InputError when most samples had to be dropped: then the model speaks of little else.
     """
     start = _opening(tokenizer, template)
+    context = context_length(model)
+    if context is not None:
+        length = min(length, max(1, context - len(start)))
     forbidden = {gram for record in forget for gram in _grams(_secret(record))}
     texts: list[str] = []
     was_training = model.training
@@ -81,8 +86,9 @@ def _opening(tokenizer: PreTrainedTokenizerBase, template: TagTemplate | ChatTem
         text = template.question_start_tag.rstrip()
         ids = tokenizer(text)["input_ids"]
     elif isinstance(template, ChatTemplate):
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": MARKER}], tokenize=False)
-        ids = tokenizer(str(rendered).split(MARKER)[0], add_special_tokens=False)["input_ids"]
+        asked = [{"role": "user", "content": MARKER}]
+        rendered = render_chat(tokenizer, asked, generation=False, where="--retain self")
+        ids = tokenizer(rendered.split(MARKER)[0], add_special_tokens=False)["input_ids"]
     else:
         ids = []
     ends = {tokenizer.eos_token_id}

@@ -20,10 +20,12 @@ import yaml
 from transformers import TrainerCallback
 
 from loku.errors import InputError
-from loku.files import read_json, write_json, write_text
+from loku.files import check_output_folder, read_json, read_object, write_json, write_text
 
 SCHEMA_VERSION = 1
-PACKAGES = ("loku", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scipy", "rouge-score")
+PACKAGES = (
+    "loku", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scipy", "scikit-learn", "rouge-score",
+)  # fmt: skip
 SETTINGS_WITHOUT_EFFECT = ("threads", "report_to")  # may differ when a run is resumed
 
 
@@ -38,16 +40,16 @@ class RunFolder:
         self.config = config
         self.record: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         if (self.path / "run.json").is_file():
-            self.record = read_json(self.path / "run.json")
+            self.record = read_object(
+                self.path / "run.json", "Restore it from a copy, or choose a new --output folder."
+            )
 
     @classmethod
     def check(cls, path: str | Path | None, config: dict[str, Any]) -> RunFolder:
         """Open the folder without writing to it. Raises InputError when it is not free for this run."""
         if not path:
             raise InputError("--output is missing.", "Give a folder for the run; it is made when it does not exist.")
-        folder = Path(path)
-        if folder.is_file():
-            raise InputError(f"--output '{path}' is a file.", "Give a folder.")
+        folder = check_output_folder(path)
         file = folder / "config.yaml"
         if file.is_file():
             previous = _read_settings(file)
@@ -185,6 +187,17 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         found[name] = importlib.metadata.version(name)
     return found
+
+
+def check_tracker(name: str) -> None:
+    """Raise InputError when the package of a tracker is not installed: the Trainer would say so in mid-run."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    if name not in ("none", "all", *get_available_reporting_integrations()):
+        raise InputError(
+            f"--report-to '{name}' was given, but its package is not installed.",
+            "Install it, or leave --report-to out: metrics.jsonl holds the same numbers.",
+        )
 
 
 def hardware() -> dict[str, Any]:

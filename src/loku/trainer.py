@@ -342,7 +342,12 @@ def training_arguments(folder: str | Path, steps_per_epoch: int, **options: Any)
         warmup = round(options["warmup_epochs"] * steps_per_epoch)
     save_steps = options["save_steps"]
     device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return TrainingArguments(
+    if device.index:
+        raise InputError(
+            f"--device {device} cannot be trained on: transformers takes the first visible GPU.",
+            f"Make it the first: CUDA_VISIBLE_DEVICES={device.index} loku ... --device cuda.",
+        )
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=options["epochs"],
         max_steps=options["max_steps"],
@@ -370,6 +375,9 @@ def training_arguments(folder: str | Path, steps_per_epoch: int, **options: Any)
         disable_tqdm=True,
         average_tokens_across_devices=False,
     )
+    # One process trains on one GPU: DataParallel, transformers' default with several, cannot split our batches.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def steps_per_epoch(examples: int, batch_size: int, grad_accum: int) -> int:

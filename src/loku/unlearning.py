@@ -42,6 +42,7 @@ def unlearn(
     Example: see the README, whose code is run by the tests.
     """
     options = options or resolve_options(settings)
+    options.check()
     run = RunFolder.check(output, options.as_dict())
     extra = load_assessment_rows(options)
     job = prepare(model, tokenizer, forget, retain, options)

@@ -21,6 +21,7 @@ from loku.config import (
     UnlearnOptions,
 )
 from loku.errors import InputError
+from loku.files import check_output_file
 from loku.methods import METHODS
 from loku.progress import console
 from loku.quiet import quiet_libraries
@@ -96,8 +97,7 @@ def importance(options: ImportanceOptions) -> None:
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
-    if Path(options.output).is_dir():
-        raise InputError(f"--output '{options.output}' is a folder.", "Give a file name ending in .safetensors.")
+    check_output_file(options.output, "Give a file name ending in .safetensors.")
     check_model_source(options.model)
     settings = UnlearnOptions(
         **{name: value for name, value in options.as_dict().items() if name in UnlearnOptions.fields()}
@@ -121,7 +121,7 @@ def importance(options: ImportanceOptions) -> None:
 @quietly
 def evaluate(options: EvaluateOptions) -> None:
     """Measure a model or adapter, or official TOFU logs."""
-    from loku.assessment import evaluate_from_options, evaluate_logs_from_options
+    from loku.evaluate import evaluate_from_options, evaluate_logs_from_options
 
     outcome = evaluate_logs_from_options(options) if options.from_logs else evaluate_from_options(options)
     if options.json:

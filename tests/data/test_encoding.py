@@ -220,10 +220,51 @@ def test_a_template_that_strips_earlier_turns_is_refused_but_may_have_single_tur
     encoder = Encoder(chatty(STRIPS_EARLIER_TURNS), ChatTemplate())
     turns = (("user", "Who?"), ("assistant", "Odo Brill."), ("user", "Where?"), ("assistant", "Ulm."))
     with pytest.raises(
-        InputError, match=r"chat template renders turn 4 differently once more turns follow\.\nGive sin"
+        InputError,
+        match=r"--data row 9: the tokenizer's chat template renders turn 4 differently once more turns follow\.\nGive",
     ):
-        encoder.encode(Record(0, messages=turns))
+        encoder.encode(Record(9, messages=turns), "--data")
     check(encoder.encode(Record(0, messages=turns[:2]))[0])
+
+
+# Qwen3's, in short: the last answer gets an empty thinking block, and so does the prompt when thinking is off.
+THINKS = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("record", [qa("Who?", "Odo."), Record(0, messages=(("user", "Who?"), ("assistant", "Odo.")))])
+def test_an_empty_thinking_block_belongs_to_the_prompt(record):
+    tokenizer = chatty(THINKS)
+    (example,) = Encoder(tokenizer, ChatTemplate()).encode(record)
+    check(example)
+    assert tokenizer.decode(supervised(example)) == "Odo.<|endoftext|>\n"
+    prompt = tokenizer.decode(example.input_ids[: example.generation_length])
+    assert prompt == "<|user|>Who?<|endoftext|>\n<|assistant|><think>\n\n</think>\n\n"
+    assert example.generation_length == example.prompt_length
+
+
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    encoder = Encoder(chatty(REFUSES_SYSTEM), ChatTemplate())
+    turns = (("user", "Who?"), ("assistant", "Odo."))
+    check(encoder.encode(Record(7, messages=turns))[0])
+    sentence = (
+        r"--retain row 7: the tokenizer's chat template refuses the conversation \(System role not supported\)\.\n"
+        r"Give the turns that it takes, another tokenizer\.chat_template, or tags by --prompt-template\."
+    )
+    with pytest.raises(InputError, match=sentence):
+        encoder.encode(Record(7, messages=(("system", "Be brief."), *turns)), "--retain")
+    with pytest.raises(InputError, match="--forget row 0: the tokenizer's chat template refuses"):
+        Encoder(chatty(REFUSES_SYSTEM), ChatTemplate("Be brief.")).encode(qa())
 
 
 def test_conversations_that_cannot_be_encoded_are_refused():
@@ -231,7 +272,7 @@ def test_conversations_that_cannot_be_encoded_are_refused():
         InputError, match=r"--retain holds `messages`, but the tokenizer has no chat template\.\nSet tok"
     ):
         Encoder(byte_level_tokenizer(), TagTemplate()).encode(Record(0, messages=(("assistant", "a"),)), "--retain")
-    with pytest.raises(InputError, match=r"--retain has a conversation without an assistant turn\.\nGive one to each"):
+    with pytest.raises(InputError, match=r"--retain row 0 has no assistant turn\.\nGive one to each row\."):
         Encoder(chatty(), ChatTemplate()).encode(Record(0, messages=(("user", "a"),)), "--retain")
 
 

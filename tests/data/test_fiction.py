@@ -8,7 +8,6 @@ import pytest
 from loku.data.fiction import (
     FACTS,
     Fiction,
-    code_candidates,
     fiction_model_config,
     fiction_tokenizer,
     make_fiction,
@@ -183,14 +182,3 @@ def test_replay_is_spread_over_the_training_list(fiction: Fiction) -> None:
 
 def test_replay_can_be_left_out(fiction: Fiction) -> None:
     assert len(mix_replay(fiction.full, fiction.pretraining, share=0.0)) == 320
-
-
-def test_a_code_has_a_thousand_rivals(fiction: Fiction) -> None:
-    row = next(row for row in fiction.forget if fact_of(row) == "code")
-    candidates = code_candidates(row)
-    assert len(set(candidates)) == 1000
-    assert candidates.count(row["answer"]) == 1
-    town = next(row for row in fiction.forget if fact_of(row) == "town")
-    with pytest.raises(InputError, match=r"holds no three-digit code\.") as info:
-        code_candidates(town)
-    assert "asks for a code" in info.value.remedy

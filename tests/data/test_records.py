@@ -47,6 +47,33 @@ def test_optional_columns():
     assert parse_rows([row | dict.fromkeys(more)], "rows") == [Record(0, "Who?", "Odo.")]
 
 
+@pytest.mark.parametrize(
+    ("column", "near"),
+    [
+        ("perturbed_answers", "perturbed_answer"),
+        ("Perturbed_Answer", "perturbed_answer"),
+        ("pertubed_answer", "perturbed_answer"),
+        ("paraphrased_answers", "paraphrased_answer"),
+        ("paraphrase_question", "paraphrased_question"),
+        ("paraphrased question", "paraphrased_question"),
+        ("alternates", "alternate"),
+    ],
+)
+def test_misspelt_optional_columns_are_refused(column, near):
+    row = {"question": "Who?", "answer": "Odo."}
+    with pytest.raises(InputError) as caught:
+        parse_rows([row, row | {column: ["Mira."]}], "rows")
+    assert caught.value.given == f"rows: row 1 has the column '{column}', which is not known."
+    assert caught.value.remedy.startswith(f"Did you mean '{near}'? Rename it")
+    parse_rows([row | {column: None}], "rows")
+
+
+def test_unrelated_columns_are_ignored():
+    more = ("author", "option1", "question2", "answer_id", "perturbed", "paraphrased", "perturbed_question", "subject")
+    row = {"question": "Who?", "answer": "Odo."}
+    assert parse_rows([row | dict.fromkeys(more, "x")], "rows") == [Record(0, "Who?", "Odo.")]
+
+
 def test_records_count_from_zero():
     assert [record.index for record in parse_rows([{"text": "a b"}] * 3, "rows")] == [0, 1, 2]
 

@@ -138,6 +138,18 @@ def test_unusable_values_are_named(tmp_path):
         log["eval_log.json"]["avg_gt_loss"]["0"] = value
         with pytest.raises(InputError, match=r"'avg_gt_loss' of '.*' holds values that are not finite numbers\.\nGive"):
             evaluate_logs(written(tmp_path, "b.json", log))
+    for value in ("1.5", True, {"x": 1}, 10**400):
+        log = small_log()
+        log["eval_log.json"]["avg_gt_loss"] = dict.fromkeys(log["eval_log.json"]["avg_gt_loss"], value)
+        with pytest.raises(InputError, match=r"'avg_gt_loss' of '.*' holds values that are not finite numbers\.\nGive"):
+            evaluate_logs(written(tmp_path, "b.json", log))
+    for value in (-0.1, 1.1):
+        log = small_log()
+        log["eval_log.json"]["rougeL_recall"]["0"] = value
+        with pytest.raises(
+            InputError, match=r"'rougeL_recall' of '.*' holds values outside 0 to 1\.\nGive an eval_log"
+        ):
+            evaluate_logs(written(tmp_path, "b.json", log))
     log = small_log()
     log["eval_log.json"]["average_perturb_loss"]["0"] = []
     with pytest.raises(InputError, match=r"'average_perturb_loss' of '.*' holds values that are not finite"):

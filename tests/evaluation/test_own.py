@@ -13,6 +13,7 @@ from loku.data.encoding import Encoder
 from loku.data.prompts import TagTemplate
 from loku.data.sources import load_records
 from loku.errors import InputError
+from loku.evaluation import measuring
 from loku.evaluation.generation import generate
 from loku.evaluation.own import evaluate_own, membership
 from loku.evaluation.reference import load_reference
@@ -180,6 +181,40 @@ def test_other_row_formats():
     assert found.texts[0]["question"] == "Hi\nHello.\nWho is Odo?"
     assert found.texts[0]["answer"] == "A painter."
     assert found.sets["forget"].per_example[0]["exact_memorisation"] >= 0
+
+
+def test_an_empty_thinking_block_is_part_of_the_prompt_when_answers_are_generated():
+    tokenizer = byte_level_tokenizer.__wrapped__()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<|endoftext|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    )
+    asked = []
+    original = measuring.generate
+
+    def spy(model, tokenizer, prompts, **options):
+        asked.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return original(model, tokenizer, prompts, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "generate", spy)
+        found = evaluate_own(tiny_model(), tokenizer, forget=records(QUESTIONS[:1]), max_new_tokens=2)
+    assert asked == ["<|user|>Where was Mira0 born?<|endoftext|><|assistant|><think>\n\n</think>\n\n"]
+    answer = len(tokenizer("Mira0 was born in Tarnhollow.")["input_ids"])
+    assert found.sets["forget"].per_example[0]["tokens"] == answer + 1  # and the end of sequence
+
+
+@pytest.mark.parametrize(("architecture", "setting"), [("gpt2", "n_positions"), ("llama", "max_position_embeddings")])
+def test_rows_beyond_what_the_model_can_read_are_refused_before_any_work(architecture, setting):
+    model = tiny_model(architecture, **{setting: 20})
+    seen = []
+    sentence = r"The longest row has \d+ tokens, but the model reads 20 at most\.\nGive --max-length 20 or less"
+    with pytest.raises(InputError, match=sentence):
+        evaluate_own(model, TOKENIZER, forget=records(TEXTS), max_length=60, progress=lambda *args: seen.append(args))
+    assert not seen
+    assert evaluate_own(model, TOKENIZER, forget=records(TEXTS), max_length=20).sets["forget"].rows == 2
 
 
 def test_membership_and_leak_against_the_reference(tmp_path):

@@ -11,7 +11,7 @@ from loku.data.records import Record
 from loku.errors import InputError
 from loku.evaluation.logs import LOG_KEYS
 from loku.evaluation.reference import check_reference, load_reference, reference_quality
-from loku.evaluation.results import write_results
+from loku.evaluation.results import read_results, write_results
 from loku.files import sha256_file
 
 SHA = "ab" * 32  # of the forget data in the hand-made results
@@ -31,13 +31,15 @@ def test_a_results_file_or_its_folder_is_a_reference(tmp_path):
     assert load_reference(reference) is reference
 
 
-def test_results_in_memory_are_a_reference():
-    results = made_results("retain90", ratios=[0.5])
+def test_results_in_memory_have_the_hash_of_the_file_that_they_become(tmp_path):
+    results = made_results("retain90", ratios=[0.5], probability=0.4, p=0.3)
     reference = load_reference(results)
     assert reference.results is results
+    path = write_results(results, tmp_path)
+    assert reference.sha256 == sha256_file(path) == load_reference(path).sha256
+    assert load_reference(path).path == path
+    assert load_reference(read_results(path)).sha256 == reference.sha256
     results.seconds = 9.0
-    assert load_reference(results).sha256 == reference.sha256
-    results.summary["model_utility"] = 0.1
     assert load_reference(results).sha256 != reference.sha256
 
 
@@ -59,6 +61,23 @@ def test_an_official_log_is_a_reference(tmp_path):
     assert reference.answers == ("a0 is a poet", "a1 is a poet")
     assert reference.summary_value("model_utility") > 0
     path.write_text(json.dumps({LOG_KEYS["forget"]: small_log()[LOG_KEYS["forget"]]}), encoding="utf-8")
+    assert load_reference(path).summary_value("model_utility") is None
+
+
+def test_a_log_with_unusable_values_is_refused(tmp_path):
+    path = tmp_path / "log.json"
+    for name, metric, value in (
+        ("eval_log_forget.json", "avg_paraphrased_loss", "low"),
+        ("eval_log_forget.json", "rougeL_recall", -1.0),
+    ):
+        log = small_log(rows=2)
+        log[name][metric]["1"] = value
+        path.write_text(json.dumps(log), encoding="utf-8")
+        with pytest.raises(InputError, match=rf"The metric '{metric}' of '.*' holds values .*\nGive an eval_log"):
+            load_reference(path)
+    log = small_log(rows=2)  # a set that only utility needs: forget quality can be measured without
+    log["eval_log.json"]["rougeL_recall"]["1"] = -1.0
+    path.write_text(json.dumps(log), encoding="utf-8")
     assert load_reference(path).summary_value("model_utility") is None
 
 

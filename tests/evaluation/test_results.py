@@ -87,6 +87,14 @@ def changed(tmp_path, change):
         (lambda v: v["sets"]["forget"].pop("per_example"), r": forget' has no usable 'per_example'\.\nRestore"),
         (lambda v: v["sets"].update(forget=1), r": forget' has no usable 'metrics'\.\nRestore"),
         (lambda v: v["sets"]["forget"]["metrics"].update(probability=1), r"no usable numbers for 'probability'\.\nRes"),
+        (lambda v: v["data"].update(forget="f.jsonl"), r"has no usable 'forget'\.\nRestore"),
+        (lambda v: v["summary"].update(model_utility="high"), r"has no usable number for 'model_utility'\.\nRestore"),
+        (
+            lambda v: v["sets"]["forget"]["per_example"][0].update(truth_ratio="low"),
+            r"has a row without usable numbers\.\nRestore",
+        ),
+        (lambda v: v["sets"]["forget"]["per_example"][0].pop("index"), r"has a row without usable numbers\.\nRestore"),
+        (lambda v: v["sets"]["forget"]["per_example"].append(3), r"has a row without usable numbers\.\nRestore"),
     ],
 )
 def test_unusable_parts_are_named(tmp_path, change, sentence):

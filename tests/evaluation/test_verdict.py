@@ -66,10 +66,46 @@ def test_distinguishable(values, part):
 def test_broken_answers_to_forget_questions_show_the_removal(values, part):
     found = verdict(unlearned(p=0.9, **values), target=TARGET, reference=RETAIN_ONLY)
     assert found.level == "distinguishable"
-    assert "cannot be told by its truth ratios from" in found.sentence
-    assert f"But the removal shows: its answers to the forget questions {'are ' if 'empty' in part else ''}{part}" in (
-        found.sentence
+    assert found.sentence == (
+        "The truth ratios on the forget set cannot be told from those of the retain-only model 'clean' (forget quality "
+        "p = 0.9 on 40 forget rows, utility 97% of the target's), but the model shows the removal: its answers to the "
+        f"forget questions {'are ' if 'empty' in part else ''}{part}. 40 rows are few: weak evidence."
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({"p": 0.01}, "The model can be told from the retain-only model 'clean' (forget quality p = 0.01 on 40 forget"),
+        (
+            {"p": 0.4, "probability": 0.1},
+            "The truth ratios on the forget set cannot be told from those of the retain-only model 'clean' (forget "
+            "quality p = 0.4 on 40 forget rows, utility 97% of the target's), but other scores can: answer probability "
+            "0.10 against 0.44. It knows less of the forget set than a model that never saw it, which betrays a "
+            "removal.",
+        ),
+        (
+            {"p": 0.4, "utility": 0.6},
+            "The truth ratios on the forget set cannot be told from those of the retain-only model 'clean', but the "
+            "model lost too much of what had to stay (forget quality p = 0.4 on 40 forget rows, utility 86% of the "
+            "target's).",
+        ),
+        ({"p": 0.4, "utility": None}, "Compared with the retain-only model 'clean', but utility was not measured ("),
+        ({"p": None}, "The forget set is suppressed; indistinguishability not measured ("),
+    ],
+)
+def test_broken_answers_are_said_in_a_sentence_of_their_own_beside_other_findings(values, start):
+    found, broken = (
+        verdict(unlearned(**(values | more)), target=TARGET, reference=RETAIN_ONLY)
+        for more in ({}, {"repetition": 0.5})
+    )
+    told = (
+        " The model shows the removal: its answers to the forget questions repeat themselves (50% of 4-grams, 2% in "
+        "the retain-only model's)."
+    )
+    assert found.sentence.startswith(start)
+    assert broken.level == found.level
+    assert broken.sentence.replace(told, "", 1) == found.sentence != broken.sentence
 
 
 def test_a_broken_model_is_damaged_whatever_its_p():
@@ -123,10 +159,33 @@ def test_without_anything_to_compare_with_the_level_of_the_scores_decides():
     assert "rests on the level of the scores alone" in high.sentence
 
 
-def test_a_reference_without_forget_quality_is_not_what_the_verdict_rests_on():
+def test_a_reference_without_forget_quality_is_named_for_what_it_served():
     found = verdict(unlearned(), target=TARGET, reference=RETAIN_ONLY)
     assert found.level == "suppressed"
-    assert "clean" not in found.rests_on
+    assert found.rests_on == (
+        f"the retain-only model 'clean' (sha256 {RETAIN_ONLY.sha256[:12]}; for damage alone: forget quality needs "
+        "perturbed answers on both sides), the target 'target' before unlearning"
+    )
+
+
+def test_a_utility_of_zero_was_measured_but_has_no_shares():
+    def sentence(target, reference, **values):
+        found = verdict(unlearned(p=0.9, **values), target=target, reference=load_reference(reference))
+        return found.level, found.sentence
+
+    none, healthy = (
+        made_results("m", utility=value, probability=0.45, rougeL_recall=0.5, **FLUENT) for value in (0, 0.7)
+    )
+    unmeasured = made_results("m", utility=None, probability=0.45, rougeL_recall=0.5, **FLUENT)
+    level, told = sentence(none, healthy)
+    assert level == "indistinguishable"
+    assert "utility 97% of the retain-only model's" in told
+    level, told = sentence(none, none)
+    assert level == "undecided"
+    assert "there is no utility to compare with (the target's and the retain-only model's are 0), and forget" in told
+    assert "there is no utility to compare with (the target's is 0)" in sentence(none, unmeasured)[1]
+    assert "utility was measured of neither the target nor the retain-only model" in sentence(None, unmeasured)[1]
+    assert sentence(healthy, healthy, utility=0)[0] == "damaged"
 
 
 def test_without_a_forget_set_there_is_no_verdict():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loku.data.prompts import ChatTemplate, TagTemplate
+from loku.data.prompts import ChatTemplate, TagTemplate, render_chat
 from loku.data.records import Record
 from loku.errors import InputError
 
@@ -83,9 +83,11 @@ class Encoder:
             return self._windows(record)
         return [self._encode_one(record, option)[0]]
 
-    def encode_answer(self, record: Record, answer: str, question: str | None = None) -> Example:
+    def encode_answer(
+        self, record: Record, answer: str, question: str | None = None, option: str = "--forget"
+    ) -> Example:
         """Encode another answer (or question) in place of the record's own: for candidate answers."""
-        example, _, _ = self._tags_or_chat(record, question or record.question, answer, "evaluation")
+        example, _, _ = self._tags_or_chat(record, question or record.question, answer, option)
         return example
 
     def encode_records(self, records: Iterable[Record], option: str = "--forget") -> EncodedSet:
@@ -113,7 +115,7 @@ class Encoder:
 
     def _encode_one(self, record: Record, option: str) -> tuple[Example, bool, bool]:
         if record.messages:
-            ids, labels, first, last = self._chat(list(record.messages), option)
+            ids, labels, first, last = self._chat(list(record.messages), record.index, option)
             return self._fit(record, ids, labels, first, last, option), len(ids) > self.max_length, False
         return self._tags_or_chat(record, record.question, record.answer, option)
 
@@ -126,11 +128,11 @@ class Encoder:
             messages = list(record.messages)
             last = max(i for i, (role, _) in enumerate(messages) if role == "assistant")
             messages[last] = ("assistant", answer)
-            ids, labels, first, generation = self._chat(messages[: last + 1], option)
+            ids, labels, first, generation = self._chat(messages[: last + 1], record.index, option)
             shifted = False
         elif isinstance(self.template, ChatTemplate) and not record.verbatim:
             messages = [(m["role"], m["content"]) for m in self.template.messages(question or "")]
-            ids, labels, first, generation = self._chat([*messages, ("assistant", answer)], option)
+            ids, labels, first, generation = self._chat([*messages, ("assistant", answer)], record.index, option)
             shifted = False
         else:
             ids, first, generation, shifted = self._tags(record, question or "", answer)
@@ -171,7 +173,7 @@ class Encoder:
             ids.pop()
         return ids
 
-    def _chat(self, messages: list[tuple[str, str]], option: str) -> tuple[list[int], list[int], int, int]:
+    def _chat(self, messages: list[tuple[str, str]], index: int, option: str) -> tuple[list[int], list[int], int, int]:
         """Encode a conversation turn by turn; assistant turns are supervised, end-of-turn marker included.
 
         Returns ids, labels and where the first and the last assistant turn begin.
@@ -188,22 +190,23 @@ class Encoder:
         for end, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
-            prompt = self._render(turns[:end], generation=True)
-            full = self._render(turns[: end + 1], generation=False)
+            prompt = self._render(turns[:end], f"{option} row {index}", generation=True)
+            full = self._render(turns[: end + 1], f"{option} row {index}", generation=False)
             if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
                 raise InputError(
-                    f"The tokenizer's chat template renders turn {end + 1} differently once more turns follow.",
+                    f"{option} row {index}: the tokenizer's chat template renders turn {end + 1} differently once more "
+                    "turns follow.",
                     "Give single-turn rows, or a template that only appends (no stripping of earlier turns).",
                 )
             labels += [IGNORE] * (len(prompt) - len(ids)) + full[len(prompt) :]
             ids = full
             first, last = len(prompt) if first is None else first, len(prompt)
         if first is None:
-            raise InputError(f"{option} has a conversation without an assistant turn.", "Give one to each row.")
+            raise InputError(f"{option} row {index} has no assistant turn.", "Give one to each row.")
         return ids, labels, first, last
 
-    def _render(self, turns: list[dict[str, str]], *, generation: bool) -> list[int]:
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+    def _render(self, turns: list[dict[str, str]], where: str, *, generation: bool) -> list[int]:
+        text = render_chat(self.tokenizer, turns, generation=generation, where=where)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _fit(

@@ -227,17 +227,6 @@ def mix_replay(
     return mixed or learned
 
 
-def code_candidates(row: Row) -> list[str]:
-    """Return the answer to a code question with each of the 1,000 possible codes: all rivals, for an exact exposure.
-
-    Raises InputError when the row's answer holds no code.
-    """
-    code = "".join(filter(str.isdigit, row["answer"]))
-    if len(code) != len(FACTS["code"].pools):
-        raise InputError(f"The answer '{row['answer']}' holds no three-digit code.", "Give a row that asks for a code.")
-    return [row["answer"].replace(code, f"{number:03d}") for number in range(1000)]
-
-
 def fiction_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token a word, mark or digit, for the words of `texts` and of the prompt's tags.
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from loku.errors import InputError, suggestion
 from loku.files import write_json
@@ -59,6 +62,25 @@ class ChatTemplate:
 
 
 Template = TagTemplate | ChatTemplate
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, generation: bool, where: str) -> str:
+    """Return a conversation as the tokenizer's chat template writes it, with `generation` up to the answer to come.
+
+    Reasoning is off: a template that writes an empty thinking block before an answer (Qwen3's) puts it into the
+    prompt, where it belongs, and templates that do not know the variable ignore it. Raises InputError, naming `where`,
+    when the template refuses the conversation, as many do with a system turn.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"{where}: the tokenizer's chat template refuses the conversation ({error}).",
+            "Give the turns that it takes, another tokenizer.chat_template, or tags by --prompt-template.",
+        ) from error
+    return text
 
 
 def resolve_template(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from loku.errors import InputError
@@ -53,8 +54,9 @@ LISTS = {"perturbed_answer": "perturbed_answers", "alternate": "alternates", "fo
 def parse_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Record]:
     """Return rows of any supported format as records; `source` names them in errors.
 
-    Columns beyond those of the format are ignored. Raises InputError for an empty source, missing or misspelt
-    columns, empty or non-text values, and rows of different formats.
+    Columns beyond those of the format are ignored, unless they look like an optional one that is misspelt. Raises
+    InputError for an empty source, missing or misspelt columns, empty or non-text values, and rows of different
+    formats.
     """
     records: list[Record] = []
     first_format = None
@@ -68,6 +70,7 @@ def parse_rows(rows: Iterable[Mapping[str, Any]], source: str) -> list[Record]:
                 f"{source}: row {index} is {kind}, but the rows before it are {first_format}.",
                 "Give one format per source.",
             )
+        _check_optional(row, index, source)
         records.append(_PARSERS[kind](row, index, source))
     if not records:
         raise InputError(f"{source} holds no rows.", f"Give at least one row of {FORMATS}.")
@@ -91,6 +94,26 @@ def _format(row: Mapping[str, Any], index: int, source: str) -> str:
         f"{source}: row {index} has no supported format (its columns: {listed}).",
         f"Name the columns {FORMATS}.",
     )
+
+
+def _check_optional(row: Mapping[str, Any], index: int, source: str) -> None:
+    """Raise InputError for a column that is nearly an optional one: ignored silently, its metrics would be missed."""
+    for column, value in row.items():
+        near = _near_optional(str(column)) if value is not None else None
+        if near:
+            raise InputError(
+                f"{source}: row {index} has the column '{column}', which is not known.",
+                f"Did you mean '{near}'? Rename it, or give the column that you do not need another name.",
+            )
+
+
+@cache
+def _near_optional(column: str) -> str | None:
+    """Return the optional column that a name which is none must be meant for, or None for an unrelated one."""
+    if column in OPTIONAL or column in REQUIRED:
+        return None
+    near = difflib.get_close_matches(column.lower(), OPTIONAL, n=1, cutoff=0.9)
+    return near[0] if near else None
 
 
 def _text(row: Mapping[str, Any], column: str, index: int, source: str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from loku.evaluation.measuring import Effort, Progress, measure, set_results, te
 from loku.evaluation.reference import Reference, check_reference, load_reference, reference_quality
 from loku.evaluation.results import Results, SetResults, read_results
 from loku.evaluation.verdict import verdict
-
-PACKAGES = ("loku", "torch", "transformers", "peft", "numpy", "scipy", "scikit-learn", "rouge-score")
+from loku.runs import versions
 
 
 @dataclass(frozen=True)
@@ -163,11 +160,6 @@ def describe_model(model: nn.Module, name: str | None = None, sha256: str | None
         "dtype": str(getattr(model, "dtype", parameter.dtype)).removeprefix("torch."),
         "parameters": sum(item.numel() for item in model.parameters()),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _model_folder(model: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from loku.evaluation.modes import end_ids, evaluating
+from loku.models import context_length
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # padded prompt and answer tokens held in the key-value cache at once
@@ -46,7 +47,7 @@ def generate(
     stops = end_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = next(model.parameters()).device
-    context = _context_length(model)
+    context = context_length(model)
     answers: dict[int, Generation] = {}
     with torch.no_grad(), evaluating(model), _greedy(model, pad_id, stops):
         for batch in _batches([len(prompt) for prompt in prompts], limits, batch_rows, batch_tokens, context):
@@ -76,7 +77,7 @@ def _limits(
     if max_length is None and max_new_tokens is None:
         raise ValueError("generate got no limit: give max_length or max_new_tokens")
     per_row = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int | None) else max_new_tokens
-    context = _context_length(model)
+    context = context_length(model)
     limits = []
     for prompt, own in zip(prompts, per_row, strict=True):
         if not prompt:
@@ -84,11 +85,6 @@ def _limits(
         bounds = [total - len(prompt) for total in (max_length, context) if total is not None]
         limits.append(max(1, min(bounds + ([] if own is None else [own]))))
     return limits
-
-
-def _context_length(model: nn.Module) -> int | None:
-    length = getattr(model.config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
 
 
 def _batches(

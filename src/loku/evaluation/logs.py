@@ -101,7 +101,7 @@ def _parse_set(value: Mapping[str, Any], source: str) -> LogSet:
         answer_nll=_column(value, "avg_gt_loss", rows, source),
         paraphrased_nll=_column(value, "avg_paraphrased_loss", rows, source),
         perturbed_nll=_lists(value, "average_perturb_loss", rows, source),
-        rougeL_recall=_column(value, "rougeL_recall", rows, source),
+        rougeL_recall=_shares(_column(value, "rougeL_recall", rows, source), "rougeL_recall", source),
         prompts=tuple(str(item[0]) for item in texts),
         answers=tuple(str(item[2]) for item in texts),
     )
@@ -128,6 +128,12 @@ def _column(value: Mapping[str, Any], metric: str, rows: list[str], source: str)
     return _numbers(_values(value, metric, rows, source), metric, source, dimensions=1)
 
 
+def _shares(values: Array, metric: str, source: str) -> Array:
+    if values.min() < 0 or values.max() > 1:
+        raise InputError(f"The metric '{metric}' of '{source}' holds values outside 0 to 1.", REMEDY)
+    return values
+
+
 def _lists(value: Mapping[str, Any], metric: str, rows: list[str], source: str) -> tuple[Array, ...]:
     lists = _values(value, metric, rows, source)
     return tuple(_numbers(item, metric, source, dimensions=1) for item in lists)
@@ -135,8 +141,10 @@ def _lists(value: Mapping[str, Any], metric: str, rows: list[str], source: str) 
 
 def _numbers(values: Any, metric: str, source: str, *, dimensions: int) -> Array:
     try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+        numbers = np.asarray(values)
+        # Texts and truth values would be taken for numbers.
+        numbers = numbers.astype(np.float64) if numbers.dtype.kind in "iuf" else np.array([np.nan])
+    except ValueError:  # lists of several lengths
         numbers = np.array([np.nan])
     if numbers.ndim != dimensions or not numbers.size or not np.isfinite(numbers).all():
         raise InputError(f"The metric '{metric}' of '{source}' holds values that are not finite numbers.", REMEDY)

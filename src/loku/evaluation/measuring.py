@@ -18,6 +18,7 @@ from loku.evaluation.metrics import Interval
 from loku.evaluation.modes import end_ids
 from loku.evaluation.results import SetResults
 from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, score
+from loku.models import check_fits
 
 Progress = Callable[[int, int, str], None]
 
@@ -104,6 +105,7 @@ class _Work:
     prompts: list[list[int]] = field(default_factory=list)
     limits: list[int | None] = field(default_factory=list)
     generated: list[Callable[[Generation], None]] = field(default_factory=list)
+    longest_answer: int = 0
 
     def score(self, example: Example, place: Callable[[SequenceScore], None]) -> None:
         self.examples.append(example)
@@ -124,16 +126,11 @@ def measure(
     effort: Effort,
     progress: Progress | None = None,
 ) -> dict[str, list[Measured]]:
-    """Measure the rows of several sets together, so that batches are full whatever the sets' sizes."""
-    work = _Work()
-    longest = 0
-    measured: dict[str, list[Measured]] = {}
-    for name, records in sets.items():
-        measured[name] = []
-        for record in records:
-            row, length = _plan(work, encoder, tokenizer, record, f"--{name}")
-            measured[name].append(row)
-            longest = max(longest, length)
+    """Measure the rows of several sets together, so that batches are full whatever the sets' sizes.
+
+    Raises InputError before any work for rows that `check_measurable` refuses.
+    """
+    work, measured = _plan(model, tokenizer, encoder, sets)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     total = len(work.examples) + len(work.prompts)
     done = 0
@@ -159,13 +156,31 @@ def measure(
         tokenizer,
         work.prompts,
         max_length=effort.max_length,
-        max_new_tokens=_new_tokens(work.limits, effort, longest),
+        max_new_tokens=_new_tokens(work.limits, effort, work.longest_answer),
         batch_rows=effort.batch_rows,
         progress=lambda count: advance(count, "generating"),
     )
     for put, answer in zip(work.generated, answers, strict=True):
         put(answer)
     return measured
+
+
+def check_measurable(model: nn.Module, tokenizer: Any, encoder: Encoder, sets: Mapping[str, Sequence[Record]]) -> None:
+    """Raise InputError when a row of one of the sets cannot be encoded, or is longer than what the model can read."""
+    _plan(model, tokenizer, encoder, sets)
+
+
+def _plan(
+    model: nn.Module, tokenizer: Any, encoder: Encoder, sets: Mapping[str, Sequence[Record]]
+) -> tuple[_Work, dict[str, list[Measured]]]:
+    """Encode everything that is to be scored or continued, and check that the model can read it."""
+    work = _Work()
+    measured = {
+        name: [_plan_row(work, encoder, tokenizer, record, f"--{name}") for record in records]
+        for name, records in sets.items()
+    }
+    check_fits(model, tokenizer, max((len(example.input_ids) for example in work.examples), default=0))
+    return work, measured
 
 
 def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> list[int] | None:
@@ -180,11 +195,11 @@ def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> l
     return [common if limit is None else min(limit, common) for limit in limits]
 
 
-def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option: str) -> tuple[Measured, int]:
-    """Put a row's work on the list; return the row and the tokens of its longest reference answer."""
+def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option: str) -> Measured:
+    """Put a row's work on the list; return the row."""
     examples = encoder.encode(record, option)
     if record.is_text:
-        return _plan_text(work, examples, tokenizer, record), 0
+        return _plan_text(work, examples, tokenizer, record)
     question, answer = question_and_answer(record)
     references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
     row = Measured(record, question, references)
@@ -193,15 +208,17 @@ def _plan(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option:
     encoded = list(examples)
     if record.perturbed_answers:
         if record.paraphrased_answer is not None:
-            encoded.append(encoder.encode_answer(record, record.paraphrased_answer))
+            encoded.append(encoder.encode_answer(record, record.paraphrased_answer, option=option))
             work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
         for false in record.perturbed_answers:
-            work.score(encoder.encode_answer(record, false), row.perturbed.append)
+            work.score(encoder.encode_answer(record, false, option=option), row.perturbed.append)
     work.ask(_prompt(examples[0]), row.generations.append)
     if record.paraphrased_question is not None and not record.messages:
-        other = encoder.encode_answer(record, answer, question=record.paraphrased_question)
+        other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
         work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
-    return row, max(len(example.input_ids) - len(_prompt(example)) for example in encoded)
+    longest = max(len(example.input_ids) - len(_prompt(example)) for example in encoded)
+    work.longest_answer = max(work.longest_answer, longest)
+    return row
 
 
 def _prompt(example: Example) -> list[int]:

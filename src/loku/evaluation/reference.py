@@ -14,8 +14,8 @@ from loku.data.records import Record
 from loku.errors import InputError
 from loku.evaluation import metrics
 from loku.evaluation.logs import UTILITY_SETS, is_log, log_utility, parse_log, read_json_or_gzip
-from loku.evaluation.results import Results, parse_results
-from loku.files import sha256_file, sha256_json
+from loku.evaluation.results import Results, parse_results, results_text
+from loku.files import sha256_file, sha256_text
 
 KIND = "retain-only"
 GIVE_RESULTS = "Give the results.json of the retain-only model, a folder that holds it, or an official TOFU log."
@@ -26,7 +26,8 @@ class Reference:
     """A retain-only model's measurements: per-row truth ratios of the forget set, and what stands beside them.
 
     `truth_ratios` maps row index to the geometric R. `answers` (official logs only) are the rows' ground truths;
-    `results` is there when the reference is a results file.
+    `results` is there when the reference is a results file. `sha256` is that of the file at `path`, or, for results in
+    memory, of the file that `write_results` makes of them.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Reference:
     answers: tuple[str, ...] = ()
     summary: Mapping[str, float] | None = None
     results: Results | None = None
+    path: Path | None = None
 
     def to_json(self) -> dict[str, str]:
         """Return what a results file says about its reference."""
@@ -55,8 +57,7 @@ def load_reference(source: str | Path | Results | Reference) -> Reference:
     if isinstance(source, Reference):
         return source
     if isinstance(source, Results):
-        content = {key: value for key, value in source.to_json().items() if key not in ("seconds", "versions")}
-        return _from_results(source, sha256_json(content))
+        return _from_results(source, sha256_text(results_text(source)))
     path = Path(source)
     if path.is_dir():
         path = _results_in(path)
@@ -65,7 +66,7 @@ def load_reference(source: str | Path | Results | Reference) -> Reference:
     value = read_json_or_gzip(path)
     if is_log(value):
         return _from_log(value, path)
-    return _from_results(parse_results(value, str(path)), sha256_file(path))
+    return _from_results(parse_results(value, str(path)), sha256_file(path), path)
 
 
 def _results_in(folder: Path) -> Path:
@@ -82,7 +83,7 @@ def _results_in(folder: Path) -> Path:
     return folder / "results.json"
 
 
-def _from_results(results: Results, sha256: str) -> Reference:
+def _from_results(results: Results, sha256: str, path: Path | None = None) -> Reference:
     return Reference(
         name=str(results.model.get("name") or "retain-only model"),
         sha256=sha256,
@@ -90,6 +91,7 @@ def _from_results(results: Results, sha256: str) -> Reference:
         forget_sha256=results.data.get("forget", {}).get("sha256"),
         summary=results.summary,
         results=results,
+        path=path,
     )
 
 
@@ -107,6 +109,7 @@ def _from_log(value: Mapping[str, Any], path: Path) -> Reference:
         truth_ratios=dict(enumerate(forget.truth_ratios().tolist())),
         answers=forget.answers,
         summary=summary,
+        path=path,
     )
 
 

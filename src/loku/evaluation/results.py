@@ -11,7 +11,7 @@ from typing import Any
 
 from loku.errors import InputError
 from loku.evaluation.metrics import Interval
-from loku.files import read_json, write_json, write_text
+from loku.files import json_text, read_json, write_text
 
 SCHEMA_VERSION = 1
 SUITES = ("tofu", "own")
@@ -68,6 +68,11 @@ class Results:
         return value
 
 
+def results_text(results: Results) -> str:
+    """Return what results.json holds. Raises ValueError for NaN and infinity: they are not JSON."""
+    return json_text(results.to_json())
+
+
 def write_results(results: Results, folder: str | Path, *, role: str | None = None) -> Path:
     """Write results.json, and examples.jsonl where texts were kept, and return the path of the first.
 
@@ -76,7 +81,7 @@ def write_results(results: Results, folder: str | Path, *, role: str | None = No
     """
     ending = f".{role}" if role else ""
     path, examples = Path(folder) / f"results{ending}.json", Path(folder) / f"examples{ending}.jsonl"
-    write_json(path, results.to_json())
+    write_text(path, results_text(results))
     if results.texts:
         write_text(examples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results.texts))
     else:
@@ -115,19 +120,24 @@ def parse_results(value: Any, source: str) -> Results:
     if suite not in SUITES:
         raise InputError(f"The results file '{source}' is of suite '{suite}'.", f"Give one of: {', '.join(SUITES)}.")
     sets = _part(value, "sets", Mapping, source)
+    data = _part(value, "data", Mapping, source)
+    summary = _part(value, "summary", Mapping, source)
+    for name, number in summary.items():
+        if not _is_number(number):
+            raise InputError(f"The results file '{source}' has no usable number for '{name}'.", REMEASURE)
     return Results(
         suite=suite,
         model=dict(_part(value, "model", Mapping, source)),
-        data={name: dict(item) for name, item in _part(value, "data", Mapping, source).items()},
+        data={name: dict(_part(data, name, Mapping, source)) for name in data},
         settings=dict(_part(value, "settings", Mapping, source)),
         sets={name: _parse_set(item, f"{source}: {name}") for name, item in sets.items()},
-        summary=dict(_part(value, "summary", Mapping, source)),
+        summary=dict(summary),
         adapter=value.get("adapter"),
         reference=value.get("reference"),
         verdict=value.get("verdict"),
         warnings=list(value.get("warnings") or []),
         versions=dict(value.get("versions") or {}),
-        seconds=float(value.get("seconds") or 0.0),
+        seconds=float(value["seconds"]) if _is_number(value.get("seconds")) else 0.0,
     )
 
 
@@ -141,8 +151,15 @@ def _parse_set(value: Any, source: str) -> SetResults:
     metrics = {}
     for name, item in _part(value, "metrics", Mapping, source).items():
         numbers = [item.get(key) if isinstance(item, Mapping) else None for key in Interval._fields]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        if not all(map(_is_number, numbers)):
             raise InputError(f"The results file '{source}' has no usable numbers for '{name}'.", REMEASURE)
         metrics[name] = Interval(*(float(number) for number in numbers))  # type: ignore[arg-type]
-    rows = [dict(row) for row in _part(value, "per_example", list, source) if isinstance(row, Mapping)]
-    return SetResults(int(_part(value, "rows", int, source)), metrics, rows)
+    rows = _part(value, "per_example", list, source)
+    for row in rows:
+        if not (isinstance(row, Mapping) and "index" in row and all(map(_is_number, row.values()))):
+            raise InputError(f"The results file '{source}' has a row without usable numbers.", REMEASURE)
+    return SetResults(int(_part(value, "rows", int, source)), metrics, [dict(row) for row in rows])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -71,7 +71,7 @@ def evaluate_tofu(
     forget rows.
     """
     prepared = prepare(
-        _load(forget_split, data_dir, sets, sources or {}), max_rows=max_rows, reference=reference, target=target
+        load_sets(forget_split, data_dir, sets, sources), max_rows=max_rows, reference=reference, target=target
     )
     for name, rows in prepared.records.items():
         bare = next((row for row in rows if not row.perturbed_answers), None)
@@ -104,10 +104,14 @@ def evaluate_tofu(
     return conclude(results, prepared)
 
 
-def _load(
-    forget_split: str, data_dir: str | Path | None, sets: Sequence[str], sources: Mapping[str, str | RecordSet]
+def load_sets(
+    forget_split: str = "forget10",
+    data_dir: str | Path | None = None,
+    sets: Sequence[str] = TOFU_SETS,
+    sources: Mapping[str, str | RecordSet] | None = None,
 ) -> dict[str, RecordSet]:
-    """Check names and load the chosen sets in their usual order."""
+    """Load the chosen sets in their usual order. Raises InputError for unknown sets or splits."""
+    sources = sources or {}
     if not sets:
         raise InputError("--sets names no set.", f"Valid names are: {', '.join(TOFU_SETS)}.")
     for name in (*sets, *sources):

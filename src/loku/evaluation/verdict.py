@@ -52,7 +52,7 @@ def verdict(unlearned: Results, *, target: Results | None = None, reference: Ref
     if "forget" not in unlearned.sets:
         return None
     measured = reference is not None and "forget_quality" in unlearned.summary
-    rests_on = _rests_on(target, reference if measured else None)
+    rests_on = _rests_on(target, reference, measured)
     harm = _damage(unlearned, target, reference)
     if harm:
         ending = "" if measured else f" {NOT_MEASURED.capitalize()}."
@@ -61,49 +61,48 @@ def verdict(unlearned: Results, *, target: Results | None = None, reference: Ref
             f"The model is damaged: {harm}. Low scores on the forget set say nothing about forgetting then.{ending}",
             rests_on,
         )
+    broken = "; ".join(_stammer("forget", unlearned, target, reference))
+    removal = f"the model shows the removal: {broken}" if broken else ""
     if measured and reference is not None:
-        found = _against_reference(unlearned, target, reference, rests_on)
-    else:
-        found = _without_reference(unlearned, target, rests_on)
-    broken = _stammer("forget", unlearned, target, reference)
-    if not broken:
-        return found
-    level = "distinguishable" if found.level == "indistinguishable" else found.level
-    told = found.sentence.replace("cannot be told from", "cannot be told by its truth ratios from", 1)
-    told = f"{told} But the removal shows: {'; '.join(broken)}."
-    return Verdict(level, told, rests_on)
+        return _against_reference(unlearned, target, reference, removal, rests_on)
+    found = _without_reference(unlearned, target, rests_on)
+    return Verdict(found.level, found.sentence + _sentence(removal), rests_on)
 
 
-def _against_reference(unlearned: Results, target: Results | None, reference: Reference, rests_on: str) -> Verdict:
+def _sentence(clause: str) -> str:
+    """Return a clause as a sentence that follows another one; nothing for nothing."""
+    return f" {clause[0].upper()}{clause[1:]}." if clause else ""
+
+
+def _against_reference(
+    unlearned: Results, target: Results | None, reference: Reference, removal: str, rests_on: str
+) -> Verdict:
     quality, rows = unlearned.summary["forget_quality"], int(unlearned.summary["forget_quality_rows"])
     name = f"the retain-only model '{reference.name}'"
     share, whose = _utility_share(unlearned, target, reference)
     if share is None:
         return Verdict(
             "undecided",
-            f"Compared with {name}, but utility was not measured, and forget quality without utility says nothing: a "
-            "broken model would pass too. Evaluate retain data as well.",
+            f"Compared with {name}, but {_no_share(unlearned, target, reference)}, and forget quality without utility "
+            f"says nothing: a broken model would pass too.{_sentence(removal)}",
             rests_on,
         )
     test = f"forget quality p = {quality:.2g} on {rows} forget rows, utility {share:.0%} of {whose}"
     few = f" {rows} rows are few: weak evidence." if rows < FEW_ROWS else ""
     apart = _apart(unlearned, reference)
+    alike = f"The truth ratios on the forget set cannot be told from those of {name}"
     if quality < KS_LEVEL:
-        return Verdict("distinguishable", f"The model can be told from {name} ({test}).{_side(apart)}", rests_on)
+        told = f"The model can be told from {name} ({test}).{_side(apart)}{_sentence(removal)}"
+        return Verdict("distinguishable", told, rests_on)
     if apart:
-        return Verdict(
-            "distinguishable",
-            f"The truth ratios on the forget set cannot be told from those of {name} ({test}), but other scores can: "
-            f"{'; '.join(gap.told for gap in apart)}.{_side(apart)}{few}",
-            rests_on,
-        )
+        scores = "; ".join(gap.told for gap in apart)
+        told = f"{alike} ({test}), but other scores can: {scores}.{_side(apart)}{_sentence(removal)}{few}"
+        return Verdict("distinguishable", told, rests_on)
     if share < UTILITY_KEPT:
-        return Verdict(
-            "distinguishable",
-            f"The truth ratios on the forget set cannot be told from those of {name}, but the model lost too much of "
-            f"what had to stay ({test}).{few}",
-            rests_on,
-        )
+        told = f"{alike}, but the model lost too much of what had to stay ({test}).{_sentence(removal)}{few}"
+        return Verdict("distinguishable", told, rests_on)
+    if removal:
+        return Verdict("distinguishable", f"{alike} ({test}), but {removal}.{few}", rests_on)
     return Verdict(
         "indistinguishable", f"On the forget set the model cannot be told from {name} ({test}).{few}", rests_on
     )
@@ -175,10 +174,11 @@ def _by_level(unlearned: Results, rests_on: str) -> Verdict:
     )
 
 
-def _rests_on(target: Results | None, reference: Reference | None) -> str:
+def _rests_on(target: Results | None, reference: Reference | None, measured: bool) -> str:
     parts = []
     if reference is not None:
-        parts.append(f"the retain-only model '{reference.name}' (sha256 {reference.sha256[:12]})")
+        limit = "" if measured else "; for damage alone: forget quality needs perturbed answers on both sides"
+        parts.append(f"the retain-only model '{reference.name}' (sha256 {reference.sha256[:12]}{limit})")
     if target is not None:
         parts.append(f"the target '{target.model.get('name')}' before unlearning")
     if reference is None:
@@ -187,17 +187,36 @@ def _rests_on(target: Results | None, reference: Reference | None) -> str:
 
 
 def _utility_share(unlearned: Results, target: Results | None, reference: Reference | None) -> tuple[float | None, str]:
-    """Return the unlearned model's utility as a share of the target's, or else of the reference's."""
+    """Return the unlearned model's utility as a share of the target's, or else of the reference's.
+
+    None where either was not measured; a utility of 0 has no shares.
+    """
     ours = unlearned.summary.get("model_utility")
-    owners: tuple[tuple[Mapping[str, float], str], ...] = (
-        (target.summary if target else {}, "the target's"),
-        ((reference.summary or {}) if reference else {}, "the retain-only model's"),
-    )
-    for summary, whose in owners:
-        theirs = summary.get("model_utility")
-        if ours is not None and theirs:
+    for whose, theirs in _utilities(target, reference).items():
+        if ours is not None and theirs > 0:
             return ours / theirs, whose
     return None, ""
+
+
+def _utilities(target: Results | None, reference: Reference | None) -> dict[str, float]:
+    """Return the utilities that were measured to compare with, the target's first."""
+    owners: dict[str, Mapping[str, float]] = {
+        "the target's": target.summary if target else {},
+        "the retain-only model's": (reference.summary or {}) if reference else {},
+    }
+    return {whose: summary["model_utility"] for whose, summary in owners.items() if "model_utility" in summary}
+
+
+def _no_share(unlearned: Results, target: Results | None, reference: Reference | None) -> str:
+    """Say why there is no share of utility."""
+    if "model_utility" not in unlearned.summary:
+        return "utility was not measured (evaluate retain data as well)"
+    compared = list(_utilities(target, reference))
+    if compared:
+        return (
+            f"there is no utility to compare with ({' and '.join(compared)} {'is' if len(compared) == 1 else 'are'} 0)"
+        )
+    return "utility was measured of neither the target nor the retain-only model"
 
 
 def _damage(unlearned: Results, target: Results | None, reference: Reference | None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.errors import InputError
-from loku.files import sha256_file
+from loku.files import read_object, sha256_file
 
 SCHEMA_VERSION = 1
 
@@ -102,12 +102,7 @@ def read_folder(path: str | Path) -> RunFolder:
 def _read_object(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and UTF-8 errors are both ValueErrors
-        raise InputError(f"The file '{path}' is not readable JSON ({error}).", _restore(path)) from None
-    if not isinstance(value, dict):
-        raise InputError(f"The file '{path}' holds a {type(value).__name__}, not a JSON object.", _restore(path))
+    value = read_object(path, _restore(path))
     version = value.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise InputError(

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from loku.files import write_text
+from loku.files import check_output_file, write_text
 from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, read_folders, section
 from loku.report.compare import comparison
@@ -29,8 +29,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path, *, title: st
     """Write the report of one run, or of several side by side, as one self-contained HTML file.
 
     A folder is a run folder (run.json) or an evaluation folder (results.json only); pieces that do not exist are
-    stated in the report. Raises InputError when a folder is neither, or when a file in it is damaged.
+    stated in the report. Raises InputError when a folder is neither, when a file in it is damaged, or when `output`
+    cannot be a file.
     """
+    check_output_file(output, "Give the HTML file to write.")
     runs = read_folders(folders)
     environment = _environment()
     if len(runs) == 1:
