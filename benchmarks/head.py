@@ -7,7 +7,8 @@ The batch is TOFU-like: questions of 22 or so tokens with answers of 28 to 55 (T
 average). Half of the answer tokens are memorised. The head's weights are frozen. Variants:
 
     released   the released formulation: rows padded to 500 tokens, logits of every position, softmax over the
-               vocabulary, one-hot mask, and prompt and padding dropped only from the mean. In the type of the model
+               vocabulary, one-hot mask, and prompt and padding dropped only from the mean. In the type of the model.
+               Boolean selections are written as fills, which is kinder to it than the published code
     plain      softmax by automatic differentiation, on answer positions only, logits widened to float32; rows padded to
                the longest of the batch, as for loku
     limit      the two matrix products nobody can avoid, on answer positions, into buffers made beforehand
