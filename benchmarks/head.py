@@ -27,9 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from measure import environment, peak_megabytes, seconds, summary
 from torch import Tensor
 
 from loku.losses.head import default_tile, scores_from_hidden
@@ -48,7 +46,6 @@ QUICK = {"quick": (1000, 64, 4)}
 ANSWERS = (28, 36, 41, 55)  # answer tokens of a row, repeated
 LENGTH = 500
 TILES = (256, 512, 1024, 2048)
-MEGABYTE = 1e6
 
 
 @dataclass
@@ -139,36 +136,6 @@ def products(p: Problem, dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
-def peak_megabytes(run: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Return the highest sum of live allocations during a call, above its start, and what the call returned."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - start) / MEGABYTE, kept
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak / MEGABYTE, kept
-
-
-def seconds(run: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
-    """Time one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def compare_numbers(p: Problem, found: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
     """Return the errors of each loss and gradient against float64; fail where loku's exceed what its type allows."""
     exact = Problem(p.hidden.detach().double().requires_grad_(), p.weight.double(), p.labels)
@@ -201,11 +168,6 @@ def compare_numbers(p: Problem, found: dict[str, tuple[Tensor, Tensor]]) -> dict
 def _runner_up(p: Problem) -> Tensor:
     with torch.no_grad():
         return F.linear(p.states(), p.weight).scatter(1, p.targets.unsqueeze(1), -torch.inf).argmax(dim=1)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Return the median and the spread."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def measure(name: str, vocab: int, d: int, rows: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
@@ -270,27 +232,6 @@ def measure(name: str, vocab: int, d: int, rows: int, dtype: torch.dtype, args: 
     }
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "threads": args.threads,
-        "load_average_at_start": os.getloadavg()[0],
-    }
-
-
 def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what was set out to be reached, and what was."""
     found = []
@@ -323,7 +264,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    about = environment(args)
+    about = environment(args.threads, args.device)
     results = []
     for name, (vocab, d, rows) in (QUICK if args.quick else {name: SHAPES[name] for name in args.shapes}).items():
         for dtype in (torch.float32, torch.bfloat16):
