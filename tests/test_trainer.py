@@ -384,3 +384,8 @@ def test_a_full_model_trains_without_adapters(tmp_path):
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     trainer(tmp_path, model, options={"epochs": 1.0, "learning_rate": 1e-3}).train()
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_second_gpu_is_refused_with_the_way_to_use_it(tmp_path):
+    with pytest.raises(InputError, match=r"--device cuda:1 cannot be trained on.*\nMake it the first: CUDA_VISIBLE_DE"):
+        training_arguments(tmp_path, 1, **UnlearnOptions().as_dict() | {"device": "cuda:1"})
