@@ -174,12 +174,12 @@ def compare_from_options(options: EvaluateOptions) -> dict[str, Any]:
     """
     first, second = options.compare
     outcome = compare(*map(_results, (first, second)), names=(first, second), seed=options.seed)
-    table = Table("", "a", "b", "b - a", "95 % interval", "p", "test", "rows", box=None, pad_edge=False)
+    table = Table("", "a", "b", "b - a", "95 % interval", "p", box=None, pad_edge=False)
     for name, found in outcome["sets"].items():
+        table.add_row(f"[bold]{name}[/bold]")
         for metric, row in found.items():
-            interval = f"{row['low']:.4g} to {row['high']:.4g}"
-            figures = [f"{row[key]:.4g}" for key in ("a", "b", "difference")]
-            table.add_row(f"{name} {metric}", *figures, interval, f"{row['p']:.2g}", row["test"], str(row["rows"]))
+            figures = [f"{row[key]:.3g}" for key in ("a", "b", "difference")]
+            table.add_row(metric, *figures, f"{row['low']:.3g} to {row['high']:.3g}", f"{row['p']:.2g}")
     return _finish(outcome, options, table, COMPARISON)
 
 
@@ -188,10 +188,11 @@ def seeds_from_options(options: EvaluateOptions) -> dict[str, Any]:
     outcome = across_seeds([_results(path) for path in options.seeds])
     table = Table("", "mean", "deviation", "95 % interval", box=None, pad_edge=False)
     for name, found in (outcome["sets"] | {"summary": outcome["summary"]}).items():
+        table.add_row(f"[bold]{name}[/bold]")
         for metric, row in found.items():
             known = row["deviation"] is not None
-            more = [f"{row['deviation']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}"] if known else ["-", "-"]
-            table.add_row(f"{name} {metric}", f"{row['mean']:.4g}", *more)
+            more = [f"{row['deviation']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}"] if known else ["-", "-"]
+            table.add_row(metric, f"{row['mean']:.4g}", *more)
     return _finish(outcome, options, table, SEEDS)
 
 
