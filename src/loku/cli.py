@@ -15,14 +15,13 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
-    Options,
     ReportOptions,
     UnlearnOptions,
-    flag,
     read_recipe,
     resolve,
 )
 from loku.errors import LokuError, suggestion
+from loku.options import Options, flag
 
 VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "demo": (DemoOptions, "offline tour: trains small models on a fictitious corpus, unlearns, evaluates, reports"),
@@ -66,7 +65,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
         if name in ("folders", "run"):  # positional
             continue
         kind = _kind(hints[name])
-        default = "" if field.default in (None, dataclasses.MISSING) else f" [{field.default}]"
+        many = "+" if typing.get_origin(hints[name]) is list else None
+        default = "" if field.default in (None, "", dataclasses.MISSING) else f" [{field.default}]"
         text = (field.metadata["help"] + default).replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
@@ -78,6 +78,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
                 metavar="|".join(field.metadata.get("choices") or ()) or name.upper(),
                 default=argparse.SUPPRESS,
                 help=text,
+                nargs=many,
             )
 
 

@@ -5,17 +5,14 @@ The command line, YAML recipes and the Python API all read these dataclasses.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
+from loku.options import Options, option, pairs, seed_option, several
 
 FORGET_LOSSES = (
     "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",
@@ -27,128 +24,6 @@ TRACKERS = (
     "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow",
     "neptune", "swanlab", "tensorboard", "trackio", "wandb",
 )  # fmt: skip
-LARGEST_SEED = 2**32 - 1  # numpy takes no larger one
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    source: str | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    special: float | None = None,
-) -> Any:
-    """Define an option: default, help text, valid names or bounds, and where the default is from.
-
-    `least` and `most` are themselves valid, `above` and `below` are not; `special` is one more value, outside the
-    bounds, that has a meaning of its own.
-    """
-    bounds = {"least": least, "most": most, "above": above, "below": below, "special": special}
-    return field(default=default, metadata={"help": help, "choices": choices, "source": source} | bounds)
-
-
-def _seed(default: int, help: str, **more: Any) -> Any:
-    return option(default, help, least=0, most=LARGEST_SEED, **more)
-
-
-def pairs(help: str) -> Any:
-    """Define an option that holds name=value pairs: a mapping in YAML, comma-separated on the command line."""
-    return field(default_factory=dict, metadata={"help": help, "choices": None, "source": None, "least": None})
-
-
-class Options:
-    """What all option sets share: building from mappings with checks, and listing."""
-
-    @classmethod
-    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        """Return the options by name."""
-        return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_mapping(cls, values: dict[str, Any], *, where: str) -> Self:
-        """Build the options from a mapping, refusing unknown names and values of the wrong type.
-
-        `where` says where the mapping came from ("recipe.yaml"), for the error.
-        """
-        hints = typing.get_type_hints(cls)
-        for name, value in values.items():
-            if name not in hints:
-                raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, hints))
-            values[name] = _checked(name, value, hints[name], where)
-        options = cls(**values)
-        options.check()
-        return options
-
-    def check(self) -> None:
-        """Raise InputError for values that no run can use."""
-        for name, f in self.fields().items():
-            value = getattr(self, name)
-            choices = f.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                raise InputError(f"{flag(name)} '{value}' is not known.", suggestion(str(value), choices))
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                _check_number(name, value, f.metadata)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all options with their values, in the order of their definition."""
-        return dataclasses.asdict(self)  # type: ignore[call-overload]
-
-
-def flag(name: str) -> str:
-    """Return an option's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def _parse_pairs(name: str, text: str) -> dict[str, Any]:
-    """Read `beta=0.2,skip_first=false`."""
-    import yaml
-
-    found = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise InputError(f"{flag(name)} has '{part}', which is no pair.", "Write name=value, separated by commas.")
-        found[key.strip()] = yaml.safe_load(value)
-    return found
-
-
-def _check_number(name: str, value: float, bounds: Mapping[str, Any]) -> None:
-    """Raise InputError for a number that is not finite or out of an option's bounds."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{flag(name)} {value} is not a finite number.", "Give a finite number.")
-    least, most, above, below, special = (bounds.get(key) for key in ("least", "most", "above", "below", "special"))
-    if special is not None and value == special:
-        return
-    other = "" if special is None else f", or {special}"
-    if least is not None and value < least:
-        raise InputError(f"{flag(name)} {value} is too small.", f"Give at least {least}{other}.")
-    if above is not None and value <= above:
-        raise InputError(f"{flag(name)} {value} is too small.", f"Give more than {above}{other}.")
-    if most is not None and value > most:
-        raise InputError(f"{flag(name)} {value} is too large.", f"Give at most {most}{other}.")
-    if below is not None and value >= below:
-        raise InputError(f"{flag(name)} {value} is too large.", f"Give less than {below}{other}.")
-
-
-def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
-    if typing.get_origin(hint) is dict and isinstance(value, str):
-        return _parse_pairs(name, value)
-    accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in accepted and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    if (int in accepted and isinstance(value, bool)) or not isinstance(
-        value, tuple(typing.get_origin(a) or a for a in accepted)
-    ):
-        names = " or ".join("nothing" if a is type(None) else getattr(a, "__name__", str(a)) for a in accepted)
-        raise InputError(f"{where} gives {value!r} for '{name}'.", f"'{name}' takes {names}.")
-    return value
 
 
 @dataclass
@@ -195,7 +70,7 @@ class TrainingOptions(ModelOptions):
     max_loss: float = option(1000.0, "stop when a mean loss exceeds this size: the run has exploded", least=0)
     report_to: str = option("none", "tracker known to transformers, such as tensorboard or wandb", choices=TRACKERS)
     threads: int = option(0, "CPU threads; 0 leaves torch's choice (small models run best with 1)", least=0)
-    seed: int = _seed(42, "seed of everything random", source="LoKU, released scripts")
+    seed: int = seed_option(42, "seed of everything random", source="LoKU, released scripts")
 
 
 @dataclass
@@ -291,7 +166,7 @@ class ImportanceOptions(ModelOptions):
         None, "eps of the ratio (default: 0.01 x the layer's mean retain Fisher)", above=0
     )
     importance_batch_size: int = option(4, "sequences per batch", source="LoKU, released scripts", least=1)
-    seed: int = _seed(42, "seed of the retain sample")
+    seed: int = seed_option(42, "seed of the retain sample")
     output: str | None = option(None, "safetensors file to write")
 
 
@@ -301,25 +176,44 @@ class EvaluateOptions(ModelOptions):
 
     adapter: str | None = option(None, "adapter folder to put on the model")
     max_length: int = option(
-        0, "longest sequence in tokens; 0: the suite's (own 500, tofu 200)", source="TOFU", least=0
+        0, "longest sequence in tokens; 0: the suite's (own 500, tofu and tdec 200)", source="TOFU", least=0
     )
-    suite: str = option("own", "own: your rows; tofu: the benchmark's four sets", choices=("own", "tofu"))
-    forget: str | None = option(None, "suite own: forget rows")
-    retain: str | None = option(None, "suite own: retain rows")
-    holdout: str | None = option(None, "suite own: rows never trained on")
+    suite: str = option(
+        "own",
+        "own: your rows; or a benchmark, as its own code measures it",
+        choices=("own", "tofu", "tdec", "muse", "lume", "rwku"),
+    )
+    forget: str | None = option(None, "suites own and lume: forget rows (lume: default from --data-dir)")
+    retain: str | None = option(None, "suites own and lume: retain rows (lume: default from --data-dir)")
+    holdout: str | None = option(None, "suites own, tofu and tdec: rows never trained on")
     general: str | None = option(None, "suite own: general-knowledge rows")
     forget_split: str = option("forget10", "suite tofu: forget01, forget05 or forget10", source="TOFU")
-    sets: str = option("forget,retain,real_authors,world_facts", "suite tofu: which of the four sets")
-    reference: str | None = option(None, "results.json or official log of the retain-only model")
+    sets: str = option("forget,retain,real_authors,world_facts", "suite tofu: which of its sets, and holdout")
+    data: str | None = option(None, "suite tdec: the sequences that must go")
+    validation: str | None = option(None, "suite tdec: unseen texts for level and perplexity, comma-separated")
+    corpus: str = option("news", "suite muse: news or books", choices=("news", "books"))
+    members: str | None = option(None, "suite lume: texts (`document`) that were trained on and must go")
+    nonmembers: str | None = option(None, "suite lume: texts (`document`) never trained on")
+    mmlu: float | None = option(None, "suite lume: the model's MMLU accuracy, for the final score", least=0, most=1)
+    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, comma-separated")
+    reference_model: str | None = option(
+        None, "suites own and tofu: a model that judges how likely the generated answers are"
+    )
+    reference: str | None = option(None, "results.json or official or open-unlearning log of the retain-only model")
     target: str | None = option(None, "results.json of the target model, for the verdict")
     max_rows: int = option(300, "most rows per set", source="TOFU: ds_size 300", least=1)
     max_new_tokens: int | None = option(None, "longest generated answer (default: the suite's)", least=1)
     output: str | None = option(None, "folder for results.json (with --from-logs: results_from_logs.json)")
     keep_text: bool = option(False, "also write generations to examples.jsonl")
-    from_logs: str | None = option(None, "instead of a model: an official TOFU log (.json or .json.gz)")
+    from_logs: str | None = option(None, "instead of a model: an official TOFU or open-unlearning log (.json, .gz)")
     retain_logs: str | None = option(None, "with --from-logs: the retain-only model's log")
+    write_logs: str | None = option(
+        None, "also write the results in another project's format", choices=("tofu", "open-unlearning")
+    )
+    compare: list[str] = several("instead of a model: two results.json of the same rows, compared row by row", 2)
+    seeds: list[str] = several("instead of a model: results.json of several seeds, aggregated")
     json: bool = option(False, "print one JSON object")
-    seed: int = _seed(42, "seed of the bootstrap intervals")
+    seed: int = seed_option(42, "seed of the bootstrap intervals")
 
 
 @dataclass
@@ -359,7 +253,7 @@ class DemoOptions(Options):
     """Options of `loku demo`."""
 
     output: str = option("demo", "folder to write")
-    seed: int = _seed(0, "seed of corpus and training")
+    seed: int = seed_option(0, "seed of corpus and training")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -11,19 +11,19 @@ from rich.table import Table
 
 from loku.assessment import print_table
 from loku.config import EvaluateOptions
-from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
-from loku.data.sources import RecordSet, load_records
+from loku.data.prompts import resolve_template
 from loku.errors import InputError
-from loku.evaluation.logs import evaluate_logs
-from loku.evaluation.own import evaluate_own
+from loku.evaluation.log_figures import evaluate_logs
+from loku.evaluation.official_logs import official_log
+from loku.evaluation.open_unlearning import write_evaluation
+from loku.evaluation.paired import across_seeds, compare
 from loku.evaluation.results import Results, read_results, write_results
-from loku.evaluation.tofu import evaluate_tofu, load_sets
-from loku.files import check_output_folder, json_text, read_object, sha256_file, write_text
+from loku.files import check_output_folder, json_text, read_object, sha256_file, write_json, write_text
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
+from loku.suites import Loaded, check_suite, prepare_suite
 
-OWN_MAX_LENGTH, TOFU_MAX_LENGTH = 500, 200  # tokens; TOFU's counts the prompt
-LOG_RESULTS = "results_from_logs.json"
+LOG_RESULTS, COMPARISON, SEEDS = "results_from_logs.json", "comparison.json", "seeds.json"
 LOG_COLUMNS = {
     "probability": "probability",
     "ROUGE-L": "rougeL_recall",
@@ -40,15 +40,10 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     Raises InputError before anything is measured, also when the folder holds a run or the results of something else.
     """
     check_model_source(options.model)
-    if options.retain_logs:
-        raise InputError("--retain-logs was given without --from-logs.", "Use --reference for a model's reference.")
-    if options.suite == "own" and not options.forget:
-        raise InputError("--forget is missing.", "Suite own measures your rows; or choose --suite tofu.")
-    if not options.output and not options.json:
-        raise InputError("--output is missing.", "Give a folder for results.json, or --json to print it.")
+    _check_options(options)
     if options.output:
         check_no_run(options.output)
-    sets = _sets(options)
+    work = prepare_suite(options)
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -65,16 +60,20 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
         model = load_adapter(model, options.adapter)
         adapter = {"name": options.adapter, "sha256": _adapter_sha256(Path(options.adapter))}
     if options.output:
-        data = {name: found.sha256 for name, found in sets.items()}
-        check_same_evaluation(options.output, options.suite, digest, adapter.get("sha256"), data)
-    results = _run_suite(model, tokenizer, template, sets, options, digest)
+        check_same_evaluation(options.output, options.suite, digest, adapter.get("sha256"), work.hashes)
+    with progress("measuring") as update:
+        results = work.run(Loaded(model, tokenizer, template, digest), update)
     results.adapter = adapter or None
     if options.output:
         path = write_results(results, options.output)
+        files = [path] + (write_logs(results, options.output, options.write_logs) if options.write_logs else [])
         if not options.json:
-            console.print(f"results written to {path}")
+            console.print(f"results written to {' and '.join(map(str, files))}")
     if not options.json:
-        print_table({"model": results})
+        if results.suite in ("own", "tofu"):
+            print_table({"model": results})
+        else:
+            print_suite(results)
         if results.verdict:
             console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
     for warning in results.warnings:
@@ -82,17 +81,17 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     return results.to_json()
 
 
-def _sets(options: EvaluateOptions) -> dict[str, RecordSet]:
-    """Read the rows to measure, by set."""
-    if options.suite == "tofu":
-        chosen = tuple(part.strip() for part in options.sets.split(","))
-        return load_sets(options.forget_split, options.data_dir, chosen)
-    given = {name: getattr(options, name) for name in ("forget", "retain", "holdout", "general")}
-    return {
-        name: load_records(source, option=f"--{name}", data_dir=options.data_dir)
-        for name, source in given.items()
-        if source
-    }
+def _check_options(options: EvaluateOptions) -> None:
+    """Raise InputError for options that do not go together."""
+    if options.retain_logs:
+        raise InputError("--retain-logs was given without --from-logs.", "Use --reference for a model's reference.")
+    check_suite(options)
+    if options.write_logs and not options.output:
+        raise InputError("--write-logs was given without --output.", "Give a folder for the log.")
+    if options.write_logs and options.suite != "tofu":
+        raise InputError(f"--write-logs was given with --suite {options.suite}.", "Those formats are TOFU's.")
+    if not options.output and not options.json:
+        raise InputError("--output is missing.", "Give a folder for results.json, or --json to print it.")
 
 
 def _adapter_sha256(folder: Path) -> str | None:
@@ -131,50 +130,6 @@ def check_same_evaluation(output: str, suite: str, model: str, adapter: str | No
         )
 
 
-def _run_suite(
-    model: Any,
-    tokenizer: Any,
-    template: TagTemplate | ChatTemplate,
-    sets: Mapping[str, RecordSet],
-    options: EvaluateOptions,
-    digest: str,
-) -> Results:
-    common: dict[str, Any] = {
-        "max_rows": options.max_rows,
-        "max_new_tokens": options.max_new_tokens,
-        "template": template,
-        "keep_text": options.keep_text,
-        "reference": options.reference,
-        "target": options.target,
-        "seed": options.seed,
-        "model_name": options.model,
-        "model_sha256": digest,
-    }
-    with progress("measuring") as update:
-        if options.suite == "tofu":
-            return evaluate_tofu(
-                model,
-                tokenizer,
-                max_length=options.max_length or TOFU_MAX_LENGTH,
-                forget_split=options.forget_split,
-                sets=tuple(sets),
-                sources=sets,
-                progress=update,
-                **common,
-            )
-        return evaluate_own(
-            model,
-            tokenizer,
-            forget=sets["forget"],
-            retain=sets.get("retain"),
-            holdout=sets.get("holdout"),
-            general=sets.get("general"),
-            max_length=options.max_length or OWN_MAX_LENGTH,
-            progress=update,
-            **common,
-        )
-
-
 def evaluate_logs_from_options(options: EvaluateOptions) -> dict[str, Any]:
     """Run `loku evaluate --from-logs`: figures of official TOFU logs, no model needed.
 
@@ -196,6 +151,80 @@ def evaluate_logs_from_options(options: EvaluateOptions) -> dict[str, Any]:
         if folder is not None:
             console.print(f"results written to {folder / LOG_RESULTS}")
     return outcome
+
+
+def write_logs(results: Results, output: str, form: str) -> list[Path]:
+    """Write results in another project's format into a folder; texts only where they were kept. Returns the files."""
+    folder = Path(output)
+    files: dict[Path, Any]
+    if form == "tofu":
+        files = {folder / "eval_log_aggregated.json": official_log(results)}
+    else:
+        evaluation, summary = write_evaluation(results)
+        files = {folder / "TOFU_EVAL.json": evaluation, folder / "TOFU_SUMMARY.json": summary}
+    for file, value in files.items():
+        write_json(file, value)
+    return list(files)
+
+
+def compare_from_options(options: EvaluateOptions) -> dict[str, Any]:
+    """Run `loku evaluate --compare a b`: paired differences of two results files of the same rows.
+
+    With --output they are also written to comparison.json there. Raises InputError for results that do not compare.
+    """
+    first, second = options.compare
+    outcome = compare(*map(_results, (first, second)), names=(first, second), seed=options.seed)
+    table = Table("", "a", "b", "b - a", "95 % interval", "p", box=None, pad_edge=False)
+    for name, found in outcome["sets"].items():
+        table.add_row(f"[bold]{name}[/bold]")
+        for metric, row in found.items():
+            figures = [f"{row[key]:.3g}" for key in ("a", "b", "difference")]
+            table.add_row(metric, *figures, f"{row['low']:.3g} to {row['high']:.3g}", f"{row['p']:.2g}")
+    return _finish(outcome, options, table, COMPARISON)
+
+
+def seeds_from_options(options: EvaluateOptions) -> dict[str, Any]:
+    """Run `loku evaluate --seeds a b c`: mean, deviation and interval over runs. With --output also to seeds.json."""
+    outcome = across_seeds([_results(path) for path in options.seeds])
+    table = Table("", "mean", "deviation", "95 % interval", box=None, pad_edge=False)
+    for name, found in (outcome["sets"] | {"summary": outcome["summary"]}).items():
+        table.add_row(f"[bold]{name}[/bold]")
+        for metric, row in found.items():
+            known = row["deviation"] is not None
+            more = [f"{row['deviation']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}"] if known else ["-", "-"]
+            table.add_row(metric, f"{row['mean']:.4g}", *more)
+    return _finish(outcome, options, table, SEEDS)
+
+
+def _results(path: str) -> Results:
+    return read_results(Path(path) / "results.json" if Path(path).is_dir() else path)
+
+
+def _finish(outcome: dict[str, Any], options: EvaluateOptions, table: Table, name: str) -> dict[str, Any]:
+    """Write and print what was worked out from results files."""
+    folder = check_output_folder(options.output, f"Give a folder for {name}.") if options.output else None
+    for warning in outcome.get("warnings", ()):
+        print(f"warning: {warning}", file=sys.stderr)
+    if folder is not None:
+        write_json(folder / name, outcome)
+    if not options.json:
+        console.print(table)
+        if folder is not None:
+            console.print(f"results written to {folder / name}")
+    return outcome
+
+
+def print_suite(results: Results) -> None:
+    """Print a benchmark's own figures, and the means of its sets."""
+    table = Table("", "mean", "95 % interval", "rows", box=None, pad_edge=False)
+    for name, found in results.sets.items():
+        for metric, value in found.metrics.items():
+            table.add_row(
+                f"{name} {metric}", f"{value.mean:.4g}", f"{value.low:.4g} to {value.high:.4g}", str(found.rows)
+            )
+    console.print(table)
+    for name, figure in results.summary.items():
+        console.print(f"{name}: {figure:.4g}")
 
 
 def _print_logs(outcome: Mapping[str, Any]) -> None:

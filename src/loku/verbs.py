@@ -123,9 +123,21 @@ def importance(options: ImportanceOptions) -> None:
 @quietly
 def evaluate(options: EvaluateOptions) -> None:
     """Measure a model or adapter, or official TOFU logs."""
-    from loku.evaluate import evaluate_from_options, evaluate_logs_from_options
+    from loku.evaluate import (
+        compare_from_options,
+        evaluate_from_options,
+        evaluate_logs_from_options,
+        seeds_from_options,
+    )
 
-    outcome = evaluate_logs_from_options(options) if options.from_logs else evaluate_from_options(options)
+    if options.compare:
+        outcome = compare_from_options(options)
+    elif options.seeds:
+        outcome = seeds_from_options(options)
+    elif options.from_logs:
+        outcome = evaluate_logs_from_options(options)
+    else:
+        outcome = evaluate_from_options(options)
     if options.json:
         json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")

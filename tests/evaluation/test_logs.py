@@ -12,7 +12,8 @@ import pytest
 
 from evaluation_builders import small_log
 from loku.errors import InputError
-from loku.evaluation.logs import LOG_KEYS, evaluate_logs
+from loku.evaluation.log_figures import evaluate_logs
+from loku.evaluation.logs import LOG_KEYS
 
 KEYS = {
     "model_utility",

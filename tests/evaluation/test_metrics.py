@@ -123,6 +123,56 @@ def test_answers_without_tokens_have_no_memorisation():
     assert math.isnan(metrics.extraction_strength([]))
 
 
+def slow_floor(hits):
+    """Open-unlearning's loop, as it stands there: the cut stays at the last place where nothing matched."""
+    for cut in range(len(hits)):
+        if all(hits[cut:]):
+            break
+    return 1 - cut / len(hits)
+
+
+@relaxed
+@given(hit_lists)
+def test_extraction_strength_with_a_floor(hits):
+    assert metrics.extraction_strength_floor(hits) == pytest.approx(slow_floor(hits))
+
+
+def test_extraction_strength_with_a_floor_at_the_edges():
+    assert metrics.extraction_strength_floor([False]) == 1.0  # as in open-unlearning
+    assert metrics.extraction_strength_floor([True, False]) == 0.5
+    assert math.isnan(metrics.extraction_strength_floor([]))
+
+
+@relaxed
+@given(nlls, st.lists(nlls, min_size=1, max_size=5))
+def test_truth_ratio_as_a_probability(paraphrased, perturbed):
+    true, false = math.exp(-paraphrased), math.exp(-sum(perturbed) / len(perturbed))
+    assert metrics.truth_ratio_probability(paraphrased, perturbed) == pytest.approx(true / (true + false), rel=1e-9)
+    assert math.isnan(metrics.truth_ratio_probability(paraphrased, []))
+
+
+@relaxed
+@given(
+    st.lists(st.sampled_from(["ox", "cat", "sun"]), max_size=6), st.lists(st.sampled_from(["ox", "cat"]), max_size=6)
+)
+def test_rouge_1_and_rouge_l_in_all_three_forms(generation, reference):
+    common = {
+        "rouge1": sum(min(generation.count(word), reference.count(word)) for word in {*generation, *reference}),
+        "rougeL": slow_common_subsequence(generation, reference),
+    }
+    for kind, shared in common.items():
+        precision = shared / len(generation) if generation else 0.0
+        recall = shared / len(reference) if reference else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if shared else 0.0
+        found = metrics.rouge(" ".join(generation), " ".join(reference), kind, stemmer=False)
+        assert found == pytest.approx((precision, recall, f1))
+
+
+def test_stemming_can_be_left_out():
+    assert metrics.rouge("he paints", "he painted", stemmer=False).recall == 0.5
+    assert metrics.rouge("he paints", "he painted").recall == 1.0
+
+
 @relaxed
 @given(st.lists(st.integers(0, 2), max_size=12), st.integers(1, 4))
 def test_repetition(tokens, n):
@@ -193,27 +243,6 @@ def test_forget_quality_of_equal_and_of_tied_samples():
     assert metrics.forget_quality([0.5] * 5, [0.5] * 5).p == 1.0
     assert metrics.forget_quality([0.1] * 300, [0.9] * 300).p < 1e-100
     assert metrics.forget_quality(np.linspace(0, 1, 300), np.linspace(0, 1, 199)).p > 0.99
-
-
-@relaxed
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=8))
-def test_membership_auc_counts_pairs(members, others):
-    pairs = [(m < o) + 0.5 * (m == o) for m in members for o in others]
-    assert metrics.membership_auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
-
-
-@relaxed
-@given(st.lists(st.floats(-20.0, 0.0), min_size=1, max_size=12))
-def test_min_k(logprobs):
-    lowest = sorted(logprobs)[: max(1, int(0.4 * len(logprobs)))]
-    assert metrics.min_k(logprobs) == pytest.approx(-sum(lowest) / len(lowest))
-
-
-def test_priv_leak_is_oriented_as_in_muse():
-    assert metrics.priv_leak(1.0, 0.5) == -100.0  # membership fully visible
-    assert metrics.priv_leak(0.5, 0.5) == 0.0
-    assert metrics.priv_leak(0.2, 0.5) > 0  # pushed too far
-    assert math.isnan(metrics.priv_leak(0.4, 1.0))
 
 
 def test_bootstrap_is_the_seeded_percentile_interval():

@@ -14,8 +14,9 @@ from loku.data.prompts import TagTemplate
 from loku.data.sources import load_records
 from loku.errors import InputError
 from loku.evaluation import measuring
+from loku.evaluation.assembly import membership
 from loku.evaluation.generation import generate
-from loku.evaluation.own import evaluate_own, membership
+from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import load_reference
 from loku.evaluation.results import read_results, write_results
 from loku.evaluation.scoring import score
@@ -51,6 +52,8 @@ def test_plain_questions_have_the_plain_metrics():
         "exact_match",
         "exact_memorisation",
         "extraction_strength",
+        "extraction_strength_floor",
+        "refusal_rate",
         "perplexity",
         "repetition",
         "token_entropy",
@@ -233,7 +236,9 @@ def test_membership_and_leak_against_the_reference(tmp_path):
 def test_leak_is_left_out_where_it_is_not_defined():
     found = evaluate(holdout=records(QUESTIONS))
     forget, holdout = found.sets["forget"], found.sets["holdout"]
-    assert set(membership(forget, holdout)) == {"mia_auc", "mia_auc_min_k"}
+    assert set(membership(forget, holdout)) == {
+        "mia_auc", "mia_auc_zlib", "mia_auc_min_k", "mia_auc_min_k_plus_plus",
+    }  # fmt: skip
     found.summary["mia_auc_min_k"] = 1.0
     assert "priv_leak" not in membership(forget, holdout, load_reference(found))
 

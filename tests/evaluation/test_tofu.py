@@ -177,7 +177,7 @@ def test_an_official_log_of_other_questions_is_a_reference_with_a_warning(data_d
         ),
         ({"sets": ("forgt",)}, r"'forgt' is not a set of TOFU\.\nDid you mean 'forget'\?"),
         ({"sets": ()}, r"--sets names no set\.\nValid names are: forget, retain"),
-        ({"sources": {"holdout": "x"}}, r"'holdout' is not a set of TOFU\.\n"),
+        ({"sources": {"hold": "x"}}, r"'hold' is not a set of TOFU\.\n"),
         ({"max_rows": 0}, r"--max-rows 0 leaves no rows to measure\.\nGive 1 or more\."),
     ],
 )

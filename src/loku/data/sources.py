@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,39 @@ def load_records(
         if not rows:
             raise InputError(f"{option} '{source}' selects no rows.", "Give a slice [start:stop] inside the source.")
     return _record_set(rows, str(source), option, origin, start)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they are, for benchmarks whose columns are their own; `sha256` is that of the rows."""
+
+    name: str
+    rows: tuple[dict[str, Any], ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load_rows(
+    source: str | Path, columns: Sequence[str], *, option: str = "--data", data_dir: str | Path | None = None
+) -> Rows:
+    """Load rows that have certain columns of text, from anywhere that `load_records` takes.
+
+    Other columns are kept. Raises InputError when nothing usable is found, and for a column that is absent or no text.
+    """
+    name, start, stop = _slice(str(source), option)
+    rows = _rows(name, option, data_dir or os.environ.get("LOKU_DATA_DIR"))[0][start:stop]
+    if not rows:
+        raise InputError(f"{option} '{source}' has no rows.", f"Give rows with the columns {', '.join(columns)}.")
+    for index, row in enumerate(rows):
+        for column in columns:
+            if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
+                raise InputError(
+                    f"{option} '{source}': row {index} has no text in the column '{column}'.",
+                    f"Give rows with the columns {', '.join(columns)}.",
+                )
+    return Rows(str(source), tuple(dict(row) for row in rows), sha256_json([dict(row) for row in rows]))
 
 
 def _record_set(rows: list[Any], name: str, option: str, origin: str, offset: int) -> RecordSet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from torch import nn
 from loku.data.encoding import Encoder
 from loku.data.prompts import Template, resolve_template
 from loku.data.records import Record
-from loku.data.sources import RecordSet
+from loku.data.sources import RecordSet, Rows
 from loku.errors import InputError
+from loku.evaluation.extras import add_extras, check_reference_model
 from loku.evaluation.measuring import Effort, Progress, measure, set_results, texts
+from loku.evaluation.membership import REFERENCE_ATTACK, attack_aucs, distances, priv_leak, reference_auc
 from loku.evaluation.reference import Reference, check_reference, load_reference, reference_quality
 from loku.evaluation.results import Results, SetResults, read_results
 from loku.evaluation.verdict import verdict
@@ -94,13 +97,18 @@ def evaluate_prepared(
     model_name: str | None,
     model_sha256: str | None,
     progress: Progress | None,
+    extras: Sequence[str] = (),
+    reference_model: nn.Module | None = None,
 ) -> Results:
     """Measure the prepared sets. The suite adds its own summary before `conclude` gives the verdict."""
     start = time.monotonic()
+    if reference_model is not None:
+        check_reference_model(model, reference_model)
     if template is None:
         template = resolve_template(tokenizer, _model_folder(model))
     encoder = Encoder(tokenizer, template, max_length=max_length)
     measured = measure(model, tokenizer, encoder, prepared.records, effort=effort, progress=progress)
+    add_extras(model, tokenizer, template, measured, extras=extras, reference_model=reference_model, effort=effort)
     sets = {
         name: set_results(rows, forget=name == "forget", normalised=name in normalised_sets, seed=seed)
         for name, rows in measured.items()
@@ -123,8 +131,51 @@ def evaluate_prepared(
     )
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a results file says of the model, and the seed of the intervals."""
+
+    name: str | None = None
+    sha256: str | None = None
+    seed: int = 42
+
+
+def suite_results(
+    model: nn.Module,
+    suite: str,
+    identity: Identity,
+    *,
+    started: float,
+    data: Mapping[str, RecordSet | Rows],
+    rows: Mapping[str, int],
+    settings: Mapping[str, Any],
+    sets: dict[str, SetResults],
+    summary: dict[str, float],
+    warnings: Sequence[str] = (),
+    texts: Sequence[dict[str, Any]] = (),
+) -> Results:
+    """Return the Results of a benchmark's own suite, without a verdict: its figures speak in their own terms.
+
+    `started` is the monotonic time of the start; `rows` says how many of each set's rows were measured.
+    """
+    return Results(
+        suite=suite,
+        model=describe_model(model, identity.name, identity.sha256),
+        data={name: {"name": found.name, "sha256": found.sha256, "rows": rows[name]} for name, found in data.items()},
+        settings=dict(settings) | {"seed": identity.seed},
+        sets=sets,
+        summary={name: value for name, value in summary.items() if math.isfinite(value)},
+        warnings=list(warnings),
+        versions=versions(),
+        seconds=round(time.monotonic() - started, 3),
+        texts=list(texts),
+    )
+
+
 def conclude(results: Results, prepared: Prepared) -> Results:
-    """Add forget quality, where there is a reference, and the verdict."""
+    """Add membership figures where there is a holdout set, forget quality where there is a reference, the verdict."""
+    if "forget" in results.sets and "holdout" in results.sets:
+        results.summary |= membership(results.sets["forget"], results.sets["holdout"], prepared.reference)
     if "forget" in results.sets:
         ratios = [row["truth_ratio"] for row in results.sets["forget"].per_example if "truth_ratio" in row]
         quality = reference_quality(prepared.reference, ratios)
@@ -140,6 +191,32 @@ def conclude(results: Results, prepared: Prepared) -> Results:
     found = verdict(results, target=prepared.target, reference=prepared.reference)
     results.verdict = None if found is None else found.to_json()
     return results
+
+
+def membership(forget: SetResults, holdout: SetResults, reference: Reference | None = None) -> dict[str, float]:
+    """Return the AUC of every membership attack and, with a reference, what they are to be compared with.
+
+    That is each attack's distance from the retain-only model's AUC, MUSE's PrivLeak in per cent (by Min-40 %), and,
+    when the reference is a results file of the same rows, the reference attack.
+    """
+    found = attack_aucs(forget.per_example, holdout.per_example)
+    if reference is None:
+        return found
+    theirs = dict(reference.summary or {})
+    found |= distances(found, theirs)
+    if "mia_auc_min_k" in theirs and "mia_auc_min_k" in found:
+        leak = priv_leak(found["mia_auc_min_k"], theirs["mia_auc_min_k"])
+        if math.isfinite(leak):
+            found["priv_leak"] = leak
+    if reference.results is not None:
+        rows = [
+            reference.results.sets[name].per_example for name in ("forget", "holdout") if name in reference.results.sets
+        ]
+        if len(rows) == 2:
+            by_reference = reference_auc(forget.per_example, holdout.per_example, *rows)
+            if by_reference is not None:
+                found[REFERENCE_ATTACK] = by_reference
+    return found
 
 
 def utility_parts(sets: Mapping[str, SetResults], names: Sequence[str], *, arithmetic: bool = False) -> list[float]:

@@ -151,32 +151,8 @@ def _numbers(values: Any, metric: str, source: str, *, dimensions: int) -> Array
     return numbers
 
 
-def evaluate_logs(logs: str | Path, *, retain_logs: str | Path | None = None) -> dict[str, Any]:
-    """Return TOFU's numbers from a model's official log and, for forget quality, a retain-only model's.
-
-    `model_utility` uses the geometric truth ratio, as the published numbers do; `model_utility_arithmetic` the other.
-    Forget quality is the p-value of the exact two-sample Kolmogorov-Smirnov test on the forget sets' geometric truth
-    ratios; without `retain_logs` it and its companions are None. Forget rows that are not the same questions are
-    compared all the same, and `warnings` says so.
-    """
-    ours = parse_log(read_json_or_gzip(logs), str(logs))
-    theirs = None
-    if retain_logs is not None:
-        theirs = parse_log(read_json_or_gzip(retain_logs), str(retain_logs), sets=("forget",))["forget"]
-    sets = {name: _set_values(name, found) for name, found in ours.items()}
-    quality = None if theirs is None else metrics.forget_quality(ours["forget"].truth_ratios(), theirs.truth_ratios())
-    return {
-        "model_utility": log_utility(ours),
-        "model_utility_arithmetic": log_utility(ours, arithmetic=True),
-        "forget_quality": quality and quality.p,
-        "ks_statistic": quality and quality.statistic,
-        "forget_quality_rows": quality and quality.rows,
-        "sets": sets,
-        "warnings": [] if theirs is None else forget_row_warnings(ours["forget"], theirs),
-    }
-
-
-def _set_values(name: str, found: LogSet) -> dict[str, float | int]:
+def set_values(name: str, found: LogSet) -> dict[str, float | int]:
+    """Return a set's figures: rows, probability, ROUGE-L recall, and the truth ratio in both conventions."""
     shown = metrics.forget_truth_ratio if name == "forget" else metrics.utility_truth_ratio
     return {
         "rows": found.rows,
@@ -189,7 +165,7 @@ def _set_values(name: str, found: LogSet) -> dict[str, float | int]:
 
 def log_utility(sets: Mapping[str, LogSet], *, arithmetic: bool = False) -> float:
     """Return TOFU's model utility: the harmonic mean of three metrics on each of three sets."""
-    values = {name: _set_values(name, sets[name]) for name in UTILITY_SETS}
+    values = {name: set_values(name, sets[name]) for name in UTILITY_SETS}
     ratio = "truth_ratio_arithmetic" if arithmetic else "truth_ratio"
     return metrics.harmonic_mean(
         values[name][metric] for name in UTILITY_SETS for metric in ("probability", "rougeL_recall", ratio)

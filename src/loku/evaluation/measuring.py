@@ -8,19 +8,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.records import Record
 from loku.evaluation import metrics
 from loku.evaluation.generation import BATCH_ROWS, Generation, generate
+from loku.evaluation.membership import min_k, min_k_plus_plus, zlib_score
 from loku.evaluation.metrics import Interval
 from loku.evaluation.modes import end_ids
+from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import SetResults
 from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, score
 from loku.models import check_fits
 
 Progress = Callable[[int, int, str], None]
+
+# Numbers of a row that are parts of others, or scores whose scale means nothing by itself: they have no mean in a set.
+ROW_ONLY = ("index", "nll", "tokens", "min_k", "min_k_plus_plus", "zlib", "gradient_norm", "rouge1_recall")
+ROW_ONLY_PARTS = ("paraphrased_nll", "paraphrased_tokens", "perturbed_nll_", "perturbed_tokens_")
 
 TEXT_NEW_TOKENS = 50  # generated from the first half of a window of running text
 LEAST_NEW_TOKENS = 16
@@ -52,6 +59,9 @@ class Measured:
     perturbed: list[SequenceScore] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     asked_otherwise: Generation | None = None
+    examples: list[Example] = field(default_factory=list)  # what `answer` scored
+    prompts: list[list[int]] = field(default_factory=list)  # what `generations` continue
+    more: dict[str, float] = field(default_factory=dict)  # numbers that were measured apart
 
     def numbers(self, *, normalised: bool = False) -> dict[str, float]:
         """Return the row's numbers; what does not exist for it is absent. Windows of running text are averaged.
@@ -68,11 +78,19 @@ class Measured:
             else float(metrics.probability(nll / tokens)),
             "nll": nll / tokens,
             "tokens": tokens,
-            "min_k": metrics.min_k(np.concatenate([part.logprobs for part in self.answer])),
+            "min_k": min_k(self._answer("logprobs")),
+            "min_k_plus_plus": min_k_plus_plus(
+                self._answer("logprobs"), self._answer("means"), self._answer("variances")
+            ),
+            "zlib": zlib_score(nll / tokens, self.record.text or self.references[0]),
             "truth_ratio": metrics.truth_ratio(paraphrased, false),
             "truth_ratio_arithmetic": metrics.truth_ratio(paraphrased, false, arithmetic=True),
+            "truth_ratio_probability": metrics.truth_ratio_probability(paraphrased, false),
             "exact_memorisation": metrics.exact_memorisation(hits),
             "extraction_strength": _mean([metrics.extraction_strength(part.answer_hits) for part in self.answer]),
+            "extraction_strength_floor": _mean(
+                [metrics.extraction_strength_floor(part.answer_hits) for part in self.answer]
+            ),
             "predictive_entropy": sum(part.entropy * part.tokens for part in self.answer) / tokens,
             "repetition": _mean([metrics.repetition(item.ids) for item in self.generations]),
             "token_entropy": _mean([metrics.token_entropy(item.ids) for item in self.generations]),
@@ -84,11 +102,28 @@ class Measured:
         elif self.generations:
             said = self.generations[0].text
             values["rougeL_recall"] = metrics.rougeL_recall(said, self.references[0])
+            values["rouge1_recall"] = metrics.rouge(said, self.references[0], "rouge1").recall
+            values["refusal_rate"] = is_refusal(said)
             values["exact_match"] = metrics.exact_match(said, self.references)
         if self.asked_otherwise is not None:
             values["paraphrase_exact_match"] = metrics.exact_match(self.asked_otherwise.text, self.references)
         kept = {name: value for name, value in values.items() if math.isfinite(value)}
-        return {"index": self.record.index} | kept
+        return {"index": self.record.index} | kept | self._candidates() | self.more
+
+    def _answer(self, name: str) -> NDArray[np.float64]:
+        """Return an array over the answer's tokens, without answer tag and end of sequence, of all windows."""
+        return np.concatenate([getattr(part, name)[part.answer] for part in self.answer])
+
+    def _candidates(self) -> dict[str, float]:
+        """Return mean NLL and token count of every other answer, as the official log format wants them."""
+        found = {} if self.paraphrased is None else _size("paraphrased_{}", self.paraphrased)
+        for place, part in enumerate(self.perturbed):
+            found |= _size(f"perturbed_{{}}_{place}", part)
+        return found
+
+
+def _size(name: str, part: SequenceScore) -> dict[str, float]:
+    return {name.format("nll"): part.mean_nll, name.format("tokens"): part.tokens}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -202,7 +237,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
         return _plan_text(work, examples, tokenizer, record)
     question, answer = question_and_answer(record)
     references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
-    row = Measured(record, question, references)
+    row = Measured(record, question, references, examples=list(examples), prompts=[_prompt(examples[0])])
     for example in examples:
         work.score(example, row.answer.append)
     encoded = list(examples)
@@ -212,7 +247,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
             work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
         for false in record.perturbed_answers:
             work.score(encoder.encode_answer(record, false, option=option), row.perturbed.append)
-    work.ask(_prompt(examples[0]), row.generations.append)
+    work.ask(row.prompts[0], row.generations.append)
     if record.paraphrased_question is not None and not record.messages:
         other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
         work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
@@ -241,7 +276,7 @@ def _plan_text(work: _Work, examples: Sequence[Example], tokenizer: Any, record:
         rest = example.input_ids[half : half + limit]
         references.append(tokenizer.decode(rest, skip_special_tokens=True).strip())
     question = tokenizer.decode(prompts[0][0], skip_special_tokens=True).strip()
-    row = Measured(record, question, references)
+    row = Measured(record, question, references, examples=list(examples), prompts=[prompt for prompt, _ in prompts])
     for example, (prompt, limit) in zip(examples, prompts, strict=True):
         work.score(example, row.answer.append)
         work.ask(prompt, row.generations.append, limit)
@@ -264,16 +299,16 @@ def set_results(
 ) -> SetResults:
     """Return a set's results: means with bootstrap intervals over rows, and the rows' own numbers.
 
-    `truth_ratio` is averaged as min(R, 1/R) on the forget set and as max(0, 1 - R) elsewhere; `perplexity` is
-    exp(Σ NLL / Σ tokens) over all rows.
+    `truth_ratio` is averaged as min(R, 1/R) on the forget set and as max(0, 1 - R) elsewhere, `truth_ratio_probability`
+    as it is; `perplexity` is exp(Σ NLL / Σ tokens) over all rows.
     """
     per_example = [row.numbers(normalised=normalised) for row in rows]
     found: dict[str, Interval] = {}
     for name in dict.fromkeys(name for numbers in per_example for name in numbers):
-        if name in ("index", "nll", "tokens", "min_k"):
+        if name in ROW_ONLY or name.startswith(ROW_ONLY_PARTS):
             continue
         values = np.array([numbers[name] for numbers in per_example if name in numbers])
-        if name.startswith("truth_ratio"):
+        if name in ("truth_ratio", "truth_ratio_arithmetic"):
             values = metrics.forget_truth_ratio(values) if forget else metrics.utility_truth_ratio(values)
         found[name] = metrics.bootstrap(values, seed=seed)
     tokens = np.array([numbers["tokens"] for numbers in per_example])

@@ -73,6 +73,16 @@ def truth_ratio(paraphrased_nll: float, perturbed_nlls: Sequence[float] | Array,
     return float(_exp(paraphrased_nll - least + np.log(np.mean(np.exp(least - nlls)))))
 
 
+def truth_ratio_probability(paraphrased_nll: float, perturbed_nlls: Sequence[float] | Array) -> float:
+    """Return p / (p + p_false), the form of the truth ratio that open-unlearning's aggregate is made of.
+
+    p = exp(-mean NLL) of the paraphrased answer, p_false the geometric mean of the perturbed ones: 1 / (1 + R) with
+    TOFU's geometric R. Between 0 and 1, higher means more knowledge; the set's value is the plain mean. Without
+    perturbed answers NaN.
+    """
+    return 1.0 / (1.0 + truth_ratio(paraphrased_nll, perturbed_nlls))
+
+
 def forget_truth_ratio(ratios: ArrayLike) -> Array:
     """Return min(R, 1/R), what TOFU averages over the forget set: 1 when true and false answers are equally likely."""
     values = np.asarray(ratios, dtype=np.float64)
@@ -84,11 +94,28 @@ def utility_truth_ratio(ratios: ArrayLike) -> Array:
     return np.maximum(0.0, 1.0 - np.asarray(ratios, dtype=np.float64))
 
 
+class Rouge(NamedTuple):
+    """Precision, recall and F1 of common words (ROUGE-1) or of the longest common subsequence of words (ROUGE-L)."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(kind: str, stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # takes a second to import
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer([kind], use_stemmer=stemmer)
+
+
+def rouge(generation: str, reference: str, kind: str = "rougeL", *, stemmer: bool = True) -> Rouge:
+    """Return ROUGE of a generation against a reference; `kind` is "rouge1" or "rougeL".
+
+    The numbers are rouge-score's. An empty generation or reference scores 0.
+    """
+    found = _rouge_scorer(kind, stemmer).score(reference, generation)[kind]
+    return Rouge(float(found.precision), float(found.recall), float(found.fmeasure))
 
 
 def rougeL_recall(generation: str, reference: str) -> float:  # noqa: N802 - the metric's name
@@ -96,7 +123,7 @@ def rougeL_recall(generation: str, reference: str) -> float:  # noqa: N802 - the
 
     An empty generation or reference scores 0.
     """
-    return float(_rouge_scorer().score(reference, generation)["rougeL"].recall)
+    return rouge(generation, reference).recall
 
 
 def normalise(text: str) -> str:
@@ -131,6 +158,16 @@ def extraction_strength(hits: ArrayLike) -> float:
     misses = np.flatnonzero(~values)
     cut = int(misses[-1]) + 1 if misses.size else 0
     return 1.0 - cut / values.size
+
+
+def extraction_strength_floor(hits: ArrayLike) -> float:
+    """Return open-unlearning's variant of `extraction_strength`, which never falls below 1/L.
+
+    Its search for the cut k ends at L - 1, whether or not the last token is hit: 1/L where nothing matches, and so 1
+    for a missed answer of one token. Only for comparison with numbers of that framework. NaN without any token.
+    """
+    values = np.asarray(hits, dtype=bool)
+    return max(extraction_strength(values), 1.0 / values.size) if values.size else float("nan")
 
 
 def repetition(tokens: Sequence[Hashable], n: int = 4) -> float:
@@ -176,34 +213,6 @@ def forget_quality(ratios: ArrayLike, reference_ratios: ArrayLike) -> ForgetQual
         warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation unsuccessful", category=RuntimeWarning)
         result = ks_2samp(sample, np.asarray(reference_ratios, dtype=np.float64), method="auto")
     return ForgetQuality(float(result.pvalue), float(result.statistic), int(sample.size))
-
-
-def min_k(logprobs: ArrayLike, share: float = 0.4) -> float:
-    """Return the Min-k score of one sequence: minus the mean of its lowest `share` of token log-probabilities."""
-    values = np.sort(np.asarray(logprobs, dtype=np.float64))
-    return float(-values[: max(1, int(share * values.size))].mean())
-
-
-def membership_auc(member_nll: ArrayLike, other_nll: ArrayLike) -> float:
-    """Return the AUC of telling members (forget) from non-members (holdout) by loss, low loss meaning member.
-
-    Ties count half. Compare it with the retain-only model's AUC, not with 0.5: the two sets need not be alike.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    members, others = np.asarray(member_nll, dtype=np.float64), np.asarray(other_nll, dtype=np.float64)
-    labels = np.concatenate([np.ones(members.size), np.zeros(others.size)])
-    return float(roc_auc_score(labels, -np.concatenate([members, others])))
-
-
-def priv_leak(auc: float, reference_auc: float) -> float:
-    """Return MUSE's PrivLeak, 100 (A - A_ref) / A_ref, in per cent, with A = 1 - AUC as MUSE orients it.
-
-    0 is ideal, -100 a model that still gives membership away, above 0 one that has been pushed too far. NaN when the
-    reference itself separates the sets perfectly (A_ref = 0).
-    """
-    ours, theirs = 1.0 - auc, 1.0 - reference_auc
-    return 100.0 * (ours - theirs) / theirs if theirs else float("nan")
 
 
 def bootstrap(

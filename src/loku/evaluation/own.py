@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from loku.data.prompts import Template
@@ -14,7 +14,7 @@ from loku.evaluation import metrics
 from loku.evaluation.assembly import conclude, evaluate_prepared, prepare, utility_parts
 from loku.evaluation.measuring import Effort, Progress
 from loku.evaluation.reference import Reference
-from loku.evaluation.results import Results, SetResults
+from loku.evaluation.results import Results
 
 UTILITY_SETS = ("retain", "general")
 
@@ -40,6 +40,8 @@ def evaluate_own(
     model_name: str | None = None,
     model_sha256: str | None = None,
     progress: Progress | None = None,
+    extras: Sequence[str] = (),
+    reference_model: nn.Module | None = None,
 ) -> Results:
     """Measure a model on rows of any format: what it still knows, what it kept, and how it speaks.
 
@@ -50,9 +52,11 @@ def evaluate_own(
     frequencies) and `predictive_entropy` (nats, of the model's distribution at the right answer's tokens).
 
     More appears when the data exist: truth ratios with `perturbed_answer`; `paraphrase_exact_match` with
-    `paraphrased_question`; `mia_auc` (by loss) and `mia_auc_min_k` (by Min-40 %) with a holdout set, and `priv_leak`
-    with a reference that has the latter; `forget_quality` with a reference and perturbed answers. `model_utility` is
-    the harmonic mean, over the retain and general sets, of probability, ROUGE-L recall and max(0, 1 - R).
+    `paraphrased_question`; the AUCs of the membership attacks with a holdout set, with a reference also their distances
+    from its AUCs, `priv_leak` and the reference attack; `forget_quality` with a reference and perturbed answers.
+    `model_utility` is the harmonic mean, over the retain and general sets, of probability, ROUGE-L recall and
+    max(0, 1 - R); the retain set's `refusal_rate` is over-refusal. `extras` and `reference_model` ask for what costs
+    more: see `loku.evaluation.extras.add_extras`.
 
     A row of running text is scored whole, window by window; its prompt is the first half of the window, of which at
     most 50 tokens of the continuation are generated and compared. Other answers may be as long as `max_new_tokens`, by
@@ -81,6 +85,8 @@ def evaluate_own(
         model_name=model_name,
         model_sha256=model_sha256,
         progress=progress,
+        extras=extras,
+        reference_model=reference_model,
     )
     parts = utility_parts(results.sets, UTILITY_SETS)
     if parts:
@@ -90,24 +96,4 @@ def evaluate_own(
         )
     if "retain" in results.sets:
         results.summary["retain_perplexity"] = results.sets["retain"].metrics["perplexity"].mean
-    if "holdout" in results.sets:
-        results.summary |= membership(results.sets["forget"], results.sets["holdout"], prepared.reference)
     return conclude(results, prepared)
-
-
-def membership(forget: SetResults, holdout: SetResults, reference: Reference | None = None) -> dict[str, float]:
-    """Return the AUCs of telling forget rows from holdout rows and, with a reference, MUSE's PrivLeak in per cent."""
-    found = {
-        name: metrics.membership_auc(_column(forget, score), _column(holdout, score))
-        for name, score in (("mia_auc", "nll"), ("mia_auc_min_k", "min_k"))
-    }
-    theirs = None if reference is None else reference.summary_value("mia_auc_min_k")
-    if theirs is not None:
-        leak = metrics.priv_leak(found["mia_auc_min_k"], theirs)
-        if np.isfinite(leak):
-            found["priv_leak"] = leak
-    return found
-
-
-def _column(found: SetResults, name: str) -> list[float]:
-    return [row[name] for row in found.per_example]

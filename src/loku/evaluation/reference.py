@@ -12,13 +12,16 @@ import numpy as np
 
 from loku.data.records import Record
 from loku.errors import InputError
-from loku.evaluation import metrics
+from loku.evaluation import metrics, open_unlearning
 from loku.evaluation.logs import UTILITY_SETS, is_log, log_utility, parse_log, read_json_or_gzip
 from loku.evaluation.results import Results, parse_results, results_text
 from loku.files import sha256_file, sha256_text
 
 KIND = "retain-only"
-GIVE_RESULTS = "Give the results.json of the retain-only model, a folder that holds it, or an official TOFU log."
+GIVE_RESULTS = (
+    "Give the results.json of the retain-only model, a folder that holds it, or a log: TOFU's official one, or "
+    "open-unlearning's TOFU_EVAL.json."
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Reference:
 
 
 def load_reference(source: str | Path | Results | Reference) -> Reference:
-    """Return a reference from a results.json, a folder that holds one, an official TOFU log, or Results in memory.
+    """Return a reference from a results.json, a folder that holds one, a log, or Results in memory.
+
+    Logs are official TOFU ones and open-unlearning's TOFU_EVAL.json.
 
     In a folder results.retain_only.json comes before results.json; the folder of an unlearning run without the former
     is refused, because its results.json is the unlearned model's. Raises InputError for everything else.
@@ -66,6 +71,8 @@ def load_reference(source: str | Path | Results | Reference) -> Reference:
     value = read_json_or_gzip(path)
     if is_log(value):
         return _from_log(value, path)
+    if open_unlearning.is_evaluation(value):
+        return _from_open_unlearning(value, path)
     return _from_results(parse_results(value, str(path)), sha256_file(path), path)
 
 
@@ -109,6 +116,21 @@ def _from_log(value: Mapping[str, Any], path: Path) -> Reference:
         truth_ratios=dict(enumerate(forget.truth_ratios().tolist())),
         answers=forget.answers,
         summary=summary,
+        path=path,
+    )
+
+
+def _from_open_unlearning(value: Mapping[str, Any], path: Path) -> Reference:
+    try:
+        answers = open_unlearning.parse_evaluation(value, str(path), ("forget",))["forget"].answers
+    except InputError:
+        answers = ()  # the truth ratios are there, or else the next line says that they are not
+    return Reference(
+        name=path.name.removesuffix(".gz").removesuffix(".json"),
+        sha256=sha256_file(path),
+        truth_ratios=open_unlearning.truth_ratios(value, str(path)),
+        answers=answers,
+        summary=open_unlearning.reference_summary(value),
         path=path,
     )
 

@@ -26,8 +26,9 @@ class SequenceScore:
     """What a model makes of one example's supervised tokens, in their order.
 
     `nll` is their summed negative log-likelihood and `logprobs` its parts, in nats; `hits` says which tokens are the
-    model's first choice; `entropy` is the mean entropy of the predicted distributions, in nats. The answer proper is
-    the supervised tokens from `answer_start` to `answer_stop`: without an answer tag and without the end of sequence.
+    model's first choice; `entropy` is the mean entropy of the predicted distributions, in nats. `means` and `variances`
+    are those of log p under the model's own distribution at each position, in nats and nats². The answer proper is the
+    supervised tokens from `answer_start` to `answer_stop`: without an answer tag and without the end of sequence.
     """
 
     index: int
@@ -38,6 +39,8 @@ class SequenceScore:
     entropy: float
     answer_start: int = 0
     answer_stop: int | None = None
+    means: NDArray[np.float32] | None = None
+    variances: NDArray[np.float32] | None = None
 
     @property
     def mean_nll(self) -> float:
@@ -47,7 +50,12 @@ class SequenceScore:
     @property
     def answer_hits(self) -> NDArray[np.bool_]:
         """The hits of the answer proper."""
-        return self.hits[self.answer_start : self.answer_stop]
+        return self.hits[self.answer]
+
+    @property
+    def answer(self) -> slice:
+        """Where the answer proper lies among the supervised tokens."""
+        return slice(self.answer_start, self.answer_stop)
 
 
 def score(
@@ -103,7 +111,7 @@ def _scores(
 ) -> list[SequenceScore]:
     targets = labels[:, 1:].to(logits.device)
     mask = targets != IGNORE
-    logprobs, hits, entropies = _token_scores(logits[:, :-1][mask], targets[mask])
+    logprobs, hits, entropies, variances = _token_scores(logits[:, :-1][mask], targets[mask])
     scores = []
     start = 0
     for example, count in zip(examples, mask.sum(dim=1).tolist(), strict=True):
@@ -119,6 +127,8 @@ def _scores(
                 entropy=float(entropies[part].mean(dtype=np.float64)),
                 answer_start=first,
                 answer_stop=last,
+                means=-entropies[part],
+                variances=variances[part],
             )
         )
         start += count
@@ -127,16 +137,20 @@ def _scores(
 
 def _token_scores(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
-    """Return log p(target), whether the target is the first choice, and the entropy, for each position."""
+) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+    """Return log p(target), whether the target is the first choice, entropy, and variance of log p, by position."""
     rows = max(1, SOFTMAX_ELEMENTS // logits.shape[-1])
-    logprobs, hits, entropies = [], [], []
+    logprobs, hits, entropies, variances = [], [], [], []
     for piece, target in zip(logits.split(rows), targets.split(rows), strict=True):
         distribution = piece.float().log_softmax(dim=-1)
         logprobs.append(distribution.gather(1, target.unsqueeze(1)).squeeze(1))
         hits.append(distribution.argmax(dim=-1) == target)
-        entropies.append(torch.special.entr(distribution.exp()).sum(dim=-1))
-    return tuple(torch.cat(parts).cpu().numpy() for parts in (logprobs, hits, entropies))  # type: ignore[return-value]
+        shares = distribution.exp()
+        entropies.append(torch.special.entr(shares).sum(dim=-1))
+        deviations = (distribution + entropies[-1].unsqueeze(1)).square_()
+        # Impossible tokens (log p of minus infinity) have no share in the variance.
+        variances.append((shares * deviations).nan_to_num_(nan=0.0, posinf=0.0).sum(dim=-1))
+    return tuple(torch.cat(parts).cpu().numpy() for parts in (logprobs, hits, entropies, variances))  # type: ignore[return-value]
 
 
 def _answer_bounds(example: Example, eos_ids: Collection[int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from loku.evaluation.reference import Reference
 from loku.evaluation.results import Results
 
 TOFU_SETS = ("forget", "retain", "real_authors", "world_facts")
+MORE_SETS = ("holdout",)  # for membership inference; never trained on, by TOFU's authors too
 FORGET_SPLITS = ("forget01", "forget05", "forget10")
 MAX_ROWS = 300  # the official ds_size
 MAX_LENGTH = 200  # the official limit of prompt and answer together, in tokens
@@ -55,14 +56,20 @@ def evaluate_tofu(
     model_name: str | None = None,
     model_sha256: str | None = None,
     progress: Progress | None = None,
+    extras: Sequence[str] = (),
+    reference_model: nn.Module | None = None,
 ) -> Results:
-    """Measure a model as the official TOFU evaluation does, on any of its four sets.
+    """Measure a model as the official TOFU evaluation does, on any of its four sets, and membership on holdout rows.
 
     Probability is exp(-mean NLL per token), on real authors and world facts p / (p + Σ p_false); ROUGE-L recall is that
     of the greedy answer; the truth ratio divides the mean probability of the perturbed answers by the paraphrased
     one's (by the answer's own where there is no paraphrase). `model_utility` is the harmonic mean of the nine numbers
     of the three other sets, with the geometric truth ratio (`model_utility_arithmetic`: the other), and exists only
     when all three were measured. `forget_quality` needs `reference`: the retain-only model's results or official log.
+
+    With the holdout set come the AUCs of the membership attacks and, with a reference that has them, their distances
+    from its AUCs, `priv_leak` and the reference attack. `extras` and `reference_model` ask for what costs more: see
+    `loku.evaluation.extras.add_extras`.
 
     `sources` replaces a set's official source by another, such as "tofu/forget10_perturbed[0:20]". `max_length`
     counts prompt and answer together, for scoring as for generation.
@@ -74,7 +81,7 @@ def evaluate_tofu(
         load_sets(forget_split, data_dir, sets, sources), max_rows=max_rows, reference=reference, target=target
     )
     for name, rows in prepared.records.items():
-        bare = next((row for row in rows if not row.perturbed_answers), None)
+        bare = next((row for row in rows if not row.perturbed_answers and name not in MORE_SETS), None)
         if bare is not None:
             raise InputError(
                 f"Row {bare.index} of the {name} set '{prepared.record_sets[name].name}' has no perturbed_answer.",
@@ -95,6 +102,8 @@ def evaluate_tofu(
         model_name=model_name,
         model_sha256=model_sha256,
         progress=progress,
+        extras=extras,
+        reference_model=reference_model,
     )
     if all(name in results.sets for name in UTILITY_SETS):
         results.summary["model_utility"] = harmonic_mean(utility_parts(results.sets, UTILITY_SETS))
@@ -113,16 +122,17 @@ def load_sets(
     """Load the chosen sets in their usual order. Raises InputError for unknown sets or splits."""
     sources = sources or {}
     if not sets:
-        raise InputError("--sets names no set.", f"Valid names are: {', '.join(TOFU_SETS)}.")
+        raise InputError("--sets names no set.", f"Valid names are: {', '.join(TOFU_SETS + MORE_SETS)}.")
     for name in (*sets, *sources):
-        if name not in TOFU_SETS:
-            raise InputError(f"'{name}' is not a set of TOFU.", suggestion(name, TOFU_SETS))
+        if name not in TOFU_SETS + MORE_SETS:
+            raise InputError(f"'{name}' is not a set of TOFU.", suggestion(name, TOFU_SETS + MORE_SETS))
     if "forget" not in sources and "forget" in sets and forget_split not in FORGET_SPLITS:
         raise InputError(
             f"--forget-split '{forget_split}' is not a forget set of TOFU.", suggestion(forget_split, FORGET_SPLITS)
         )
-    chosen = {**tofu_sources(forget_split), **sources}
-    return {name: _record_set(chosen[name], name, data_dir) for name in TOFU_SETS if name in sets}
+    holdout = {"holdout": f"tofu/{forget_split.replace('forget', 'holdout')}"}
+    chosen = {**tofu_sources(forget_split), **holdout, **sources}
+    return {name: _record_set(chosen[name], name, data_dir) for name in TOFU_SETS + MORE_SETS if name in sets}
 
 
 def _record_set(source: str | RecordSet, name: str, data_dir: str | Path | None) -> RecordSet:

@@ -26,8 +26,15 @@ METRICS = {
     "exact_match": Metric("Exact match", "share of generated answers that are word for word right"),
     "truth_ratio": Metric("Truth ratio", "wrong answers against the right one; to be compared with the other columns"),
     "truth_ratio_arithmetic": Metric("Truth ratio, arithmetic", "the same with an arithmetic mean of wrong answers"),
+    "truth_ratio_probability": Metric(
+        "Truth ratio, as a probability", "the right answer's share beside a typical wrong one; 0.5 tells nothing"
+    ),
     "exact_memorisation": Metric("Exact memorisation", "share of answer tokens predicted from the true beginning"),
     "extraction_strength": Metric("Extraction strength", "share of the answer that completes itself from its start"),
+    "extraction_strength_floor": Metric(
+        "Extraction strength, with a floor", "the variant of open-unlearning, which never reaches 0"
+    ),
+    "refusal_rate": Metric("Refusals", "share of answers that refuse; on what had to stay, over-refusal"),
     "perplexity": Metric("Perplexity", "surprise at the right text; 1 is none", unit=False),
     "repetition": Metric("Repetition", "share of repeated 4-token sequences in what it generates", fluency=True),
     "token_entropy": Metric("Token entropy", "variety of what it generates, in bits", unit=False, fluency=True),

@@ -1,0 +1,146 @@
+"""Extraction likelihood (EL) and memorisation accuracy (MA) of running text: Jang et al. 2023, arXiv 2210.01504."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+
+from loku.data.encoding import Example
+from loku.evaluation.generation import BATCH_ROWS, generate
+from loku.evaluation.metrics import exact_memorisation
+from loku.evaluation.modes import end_ids
+from loku.evaluation.scoring import BATCH_TOKENS, score
+
+NGRAMS = (3, 5, 10)
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """One text's MA, and its EL for each n that the text is long enough for; both in 0 to 1, low when forgotten."""
+
+    ma: float
+    el: dict[int, float]
+
+
+def next_misses(hits: ArrayLike) -> NDArray[np.int64]:
+    """Return, for every position, the first one from there on that is not hit, or the length when there is none."""
+    values = np.asarray(hits, dtype=bool)
+    places = np.where(values, values.size, np.arange(values.size))
+    return np.minimum.accumulate(places[::-1])[::-1].astype(np.int64)
+
+
+def needed_misses(hits: ArrayLike, n: int) -> list[int]:
+    """Return the prefix lengths at which EL_n needs the model's own continuation: the misses that a prefix runs into.
+
+    `hits` tells of tokens 1 to T - 1; prefixes are 1 to T - n tokens long.
+    """
+    values = np.asarray(hits, dtype=bool)
+    reached = next_misses(values)[: max(0, values.size + 1 - n)]
+    return sorted({int(place) + 1 for place in reached if place < values.size})
+
+
+def extraction_likelihood(
+    tokens: Sequence[int],
+    hits: ArrayLike,
+    continuations: Mapping[int, Sequence[int]],
+    n: int,
+    stops: Collection[int] = (),
+) -> float:
+    """Return EL_n = Σ_{i=1}^{T-n} overlap_n(greedy continuation of the first i tokens, true suffix) / (T - n).
+
+    overlap_n is the number of generated n-grams, each time they occur, that stand in the true suffix, over the number
+    of the suffix's n-grams. It is the authors' code's: suffixes shorter than n have none and do not count.
+
+    `hits` tells of tokens 1 to T - 1 whether greedy decoding after the true prefix gives them, and `continuations` maps
+    the length of a prefix before a miss to its greedy continuation. That is enough: a prefix's continuation is the true
+    text up to the next miss, and that miss's own continuation from there. A continuation ends before the end of
+    sequence (`stops`), also where that stands in the text. NaN for texts of n tokens or fewer.
+    """
+    end = len(tokens)
+    if end <= n:
+        return float("nan")
+    misses = next_misses(hits) + 1
+    last = {tuple(tokens[start : start + n]): start for start in range(end - n + 1)}
+    likelihood = 0.0
+    for length in range(1, end - n + 1):
+        miss = int(misses[length - 1])
+        said = list(tokens[length:miss])
+        stop = next((place for place, token in enumerate(said) if token in stops), None)
+        said = said[:stop] if stop is not None else said + (list(continuations[miss]) if miss < end else [])
+        grams = (tuple(said[start : start + n]) for start in range(len(said) - n + 1))
+        likelihood += sum(last.get(gram, -1) >= length for gram in grams) / (end - length - n + 1)
+    return likelihood / (end - n)
+
+
+def measure_extraction(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    ngrams: Sequence[int] = NGRAMS,
+    hits: Sequence[NDArray[np.bool_]] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    batch_rows: int = BATCH_ROWS,
+    progress: Progress | None = None,
+) -> list[Extraction]:
+    """Return EL_n and MA of texts, one window each, decoding once for each teacher-forced miss.
+
+    MA is the share of tokens 1 to T - 1 that greedy decoding predicts from the true prefix. `hits` says which, where
+    that has been scored before. `progress` is told how many continuations each batch finished.
+    """
+    hits = memorised(model, tokenizer, examples, batch_tokens=batch_tokens) if hits is None else hits
+    shortest = min(ngrams, default=1)
+    places = [(row, length) for row, found in enumerate(hits) for length in needed_misses(found, shortest)]
+    prompts = [examples[row].input_ids[:length] for row, length in places]
+    limits = [len(examples[row].input_ids) - length for row, length in places]
+    stops = end_ids(model, tokenizer)
+    answers = generate(model, tokenizer, prompts, max_new_tokens=limits, batch_rows=batch_rows, progress=progress)
+    continuations: list[dict[int, Sequence[int]]] = [{} for _ in examples]
+    for (row, length), answer in zip(places, answers, strict=True):
+        continuations[row][length] = answer.ids
+    return [
+        Extraction(
+            exact_memorisation(found),
+            {
+                n: extraction_likelihood(example.input_ids, found, known, n, stops)
+                for n in ngrams
+                if len(example.input_ids) > n
+            },
+        )
+        for example, found, known in zip(examples, hits, continuations, strict=True)
+    ]
+
+
+def memorised(
+    model: nn.Module, tokenizer: Any, examples: Sequence[Example], *, batch_tokens: int = BATCH_TOKENS
+) -> list[NDArray[np.bool_]]:
+    """Return, for every text, which of tokens 1 to T - 1 greedy decoding predicts from the true prefix."""
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return [found.hits for found in score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens)]
+
+
+def forgotten(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    level: Extraction,
+    *,
+    batch_rows: int = BATCH_ROWS,
+) -> bool:
+    """Return whether texts are forgotten by Jang et al.'s rule: mean MA and mean EL_n below their level on unseen text.
+
+    MA is tested first: it needs one pass, and EL, which needs thousands of generations, only when MA is below its
+    level. `level.el` says which n count. Texts shorter than n do not.
+    """
+    hits = memorised(model, tokenizer, examples)
+    if not np.mean([exact_memorisation(found) for found in hits]) < level.ma:
+        return False
+    found = measure_extraction(model, tokenizer, examples, ngrams=tuple(level.el), hits=hits, batch_rows=batch_rows)
+    return all(np.mean([row.el[n] for row in found if n in row.el]) < wanted for n, wanted in level.el.items())

@@ -1,0 +1,97 @@
+"""Figures that cost more than the usual passes, on request: gradient norms, MEMO, and a second model's opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from loku.data.encoding import IGNORE, Example
+from loku.data.prompts import Template
+from loku.errors import InputError, suggestion
+from loku.evaluation.gradients import gradient_norms
+from loku.evaluation.measuring import Effort, Measured
+from loku.evaluation.memo import memo_scores
+from loku.evaluation.scoring import score
+from loku.models import check_fits
+
+EXTRAS = ("gradient_norm", "memo")
+
+
+def parse_extras(text: str) -> tuple[str, ...]:
+    """Return the extras that a comma-separated option names. Raises InputError for an unknown one."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if name not in EXTRAS:
+            raise InputError(f"--extras '{name}' is not known.", suggestion(name, EXTRAS))
+    return names
+
+
+def check_reference_model(model: nn.Module, reference: nn.Module) -> None:
+    """Raise InputError unless two models share their vocabulary: ids of one are given to the other."""
+    ours, theirs = (_vocabulary(item) for item in (model, reference))
+    if ours != theirs:
+        raise InputError(
+            f"--reference-model has a vocabulary of {theirs} tokens, the model one of {ours}.",
+            "Give a reference model with the same tokenizer.",
+        )
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def add_extras(
+    model: nn.Module,
+    tokenizer: Any,
+    template: Template,
+    measured: Mapping[str, Sequence[Measured]],
+    *,
+    extras: Sequence[str] = (),
+    reference_model: nn.Module | None = None,
+    effort: Effort,
+) -> None:
+    """Put the asked-for figures into measured rows.
+
+    `gradient_norm` goes to forget and holdout rows (windows of running text are averaged), `memo_precision` and
+    `memo_recall` to forget rows, and with a reference model `output_nll` to every row: the mean NLL per token, in nats,
+    of what the model generated, under the reference model and after the same prompt. An empty answer has none.
+    """
+    if "gradient_norm" in extras:
+        for name in ("forget", "holdout"):
+            for row in measured.get(name, ()):
+                norms = gradient_norms(model, row.examples, [part.answer for part in row.answer])
+                row.more["gradient_norm"] = sum(norms) / len(norms)
+    if "memo" in extras:
+        rows = measured.get("forget", ())
+        found = memo_scores(model, tokenizer, template, [row.record for row in rows], batch_rows=effort.batch_rows)
+        for row, memo in zip(rows, found, strict=True):
+            if memo is not None:
+                row.more |= {"memo_precision": memo.precision, "memo_recall": memo.recall}
+    if reference_model is not None:
+        everything = [row for rows in measured.values() for row in rows]
+        _add_output_nll(reference_model, tokenizer, everything, effort)
+
+
+def _add_output_nll(reference: nn.Module, tokenizer: Any, rows: Sequence[Measured], effort: Effort) -> None:
+    examples, owners = [], []
+    for row in rows:
+        for prompt, answer in zip(row.prompts, row.generations, strict=True):
+            if answer.ids:
+                examples.append(_continued(row.record.index, prompt, answer.ids))
+                owners.append(row)
+    check_fits(reference, tokenizer, max((len(example.input_ids) for example in examples), default=0))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    scores = score(reference, examples, pad_id=pad_id, batch_tokens=effort.batch_tokens)
+    sums: dict[int, tuple[float, int]] = {}
+    for row, found in zip(owners, scores, strict=True):
+        nll, tokens = sums.get(id(row), (0.0, 0))
+        sums[id(row)] = (nll + found.nll, tokens + found.tokens)
+        row.more["output_nll"] = sums[id(row)][0] / sums[id(row)][1]
+
+
+def _continued(index: int, prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """Return a prompt with a generated answer as an example whose answer alone is scored."""
+    labels = [IGNORE] * len(prompt) + list(answer)
+    return Example(index, [*prompt, *answer], labels, len(prompt), len(prompt))

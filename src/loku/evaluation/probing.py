@@ -1,0 +1,76 @@
+"""What the benchmark suites share: plain texts continued as they are, and plain texts scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from loku.data.encoding import Encoder
+from loku.data.prompts import TagTemplate
+from loku.data.records import Record
+from loku.evaluation.generation import BATCH_ROWS, generate
+from loku.evaluation.measuring import Measured
+from loku.evaluation.metrics import bootstrap
+from loku.evaluation.results import SetResults
+from loku.evaluation.scoring import BATCH_TOKENS, score
+from loku.models import check_fits
+
+
+def encode_text(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Return a text's ids, with the special tokens that the tokenizer puts before it, without an end of sequence."""
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
+        ids.pop()
+    return ids
+
+
+def continue_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    special: bool = True,
+    batch_rows: int = BATCH_ROWS,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Return greedy continuations of texts, not stripped and without special tokens.
+
+    Raises InputError when a prompt is longer than what the model reads.
+    """
+    ids = [encode_text(tokenizer, prompt, special=special) for prompt in prompts]
+    check_fits(model, tokenizer, max(map(len, ids), default=0))
+    found = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_rows=batch_rows, progress=progress)
+    return [tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in found]
+
+
+def score_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int, batch_tokens: int = BATCH_TOKENS
+) -> list[dict[str, float]]:
+    """Return the numbers of texts scored whole, in windows of at most `max_length` tokens where they are longer."""
+    encoder = Encoder(tokenizer, TagTemplate(), max_length=max_length)
+    records = [Record(index, text=text) for index, text in enumerate(texts)]
+    windows = [encoder.encode(record) for record in records]
+    check_fits(model, tokenizer, max((len(window.input_ids) for own in windows for window in own), default=0))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    examples = [window for own in windows for window in own]
+    scores = iter(score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens))
+    pairs = zip(records, windows, strict=True)
+    return [Measured(record, "", [], answer=[next(scores) for _ in own]).numbers() for record, own in pairs]
+
+
+def plain_set(rows: Sequence[Mapping[str, float]], metrics: Iterable[str], seed: int) -> SetResults:
+    """Return a set whose metrics are the means, with intervals, of the named numbers over the rows that have them."""
+    found = {}
+    for name in metrics:
+        values = [row[name] for row in rows if name in row]
+        if values:
+            found[name] = bootstrap(values, seed=seed)
+    return SetResults(len(rows), found, [dict(row) for row in rows])
+
+
+def example_text(name: str, index: int, question: str, answer: str, generation: str) -> dict[str, Any]:
+    """Return a row of examples.jsonl."""
+    return {"set": name, "index": index, "question": question, "answer": answer, "generation": generation.strip()}
