@@ -319,6 +319,7 @@ class EvaluateOptions(ModelOptions):
     from_logs: str | None = option(None, "instead of a model: an official TOFU log (.json or .json.gz)")
     retain_logs: str | None = option(None, "with --from-logs: the retain-only model's log")
     json: bool = option(False, "print one JSON object")
+    cache: bool = option(True, "keep scores in the output folder, go on from them, and answer a repeated call at once")
     seed: int = _seed(42, "seed of the bootstrap intervals")
 
 

@@ -14,11 +14,14 @@ from loku.config import EvaluateOptions
 from loku.data.prompts import ChatTemplate, TagTemplate, resolve_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.logs import evaluate_logs
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.results import Results, read_results, write_results
+from loku.evaluation.sharing import is_first, several_processes
 from loku.evaluation.tofu import evaluate_tofu, load_sets
-from loku.files import check_output_folder, json_text, read_object, sha256_file, write_text
+from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_text
+from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
 
@@ -37,6 +40,9 @@ RUNS = ("unlearn", "demo")  # commands whose folders hold a results.json of thei
 def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json.
 
+    A folder that holds the results of the same call answers at once, and an interrupted evaluation goes on from the
+    scores in its cache. Under torchrun the processes share the work, and the first one writes and speaks.
+
     Raises InputError before anything is measured, also when the folder holds a run or the results of something else.
     """
     check_model_source(options.model)
@@ -49,6 +55,17 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     if options.output:
         check_no_run(options.output)
     sets = _sets(options)
+    request = evaluation_request(options, sets) if options.output and options.cache else None
+    known = finished_results(options.output, request) if options.output else None
+    with several_processes():
+        results = known or _measured(options, sets, request)
+        if is_first():
+            _show(results, options, again=known is not None)
+    return results.to_json()
+
+
+def _measured(options: EvaluateOptions, sets: Mapping[str, RecordSet], request: str | None) -> Results:
+    """Load the model, measure it, and write the results."""
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -67,19 +84,29 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     if options.output:
         data = {name: found.sha256 for name, found in sets.items()}
         check_same_evaluation(options.output, options.suite, digest, adapter.get("sha256"), data)
-    results = _run_suite(model, tokenizer, template, sets, options, digest)
+    cache = None
+    if options.output and options.cache:
+        key = sha256_json([digest, _adapter_files(options.adapter), str(model.dtype)])
+        cache = BatchCache(Path(options.output) / CACHE / "batches", key, keep_text=options.keep_text)
+    results = _run_suite(model, tokenizer, template, sets, options, digest, cache)
     results.adapter = adapter or None
-    if options.output:
-        path = write_results(results, options.output)
-        if not options.json:
-            console.print(f"results written to {path}")
+    if options.output and is_first():
+        write_results(results, options.output)
+        remember(options.output, request)
+    return results
+
+
+def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
+    """Print what was measured, unless one JSON object was asked for, and the warnings in any case."""
+    if options.output and not options.json:
+        said = "the same was measured before: results are in" if again else "results written to"
+        console.print(f"{said} {Path(options.output) / 'results.json'}")
     if not options.json:
         print_table({"model": results})
         if results.verdict:
             console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return results.to_json()
 
 
 def _sets(options: EvaluateOptions) -> dict[str, RecordSet]:
@@ -99,6 +126,13 @@ def _adapter_sha256(folder: Path) -> str | None:
     """Return the hash of an adapter's weights, in whichever of PEFT's two files they are."""
     files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
     return next((sha256_file(file) for file in files if file.is_file()), None)
+
+
+def _adapter_files(folder: str | None) -> list[str | None]:
+    """Return hashes of an adapter's weights and of its configuration, which says how much they count."""
+    if folder is None:
+        return []
+    return [_adapter_sha256(Path(folder)), sha256_file(Path(folder) / "adapter_config.json")]
 
 
 def check_no_run(output: str) -> None:
@@ -138,6 +172,7 @@ def _run_suite(
     sets: Mapping[str, RecordSet],
     options: EvaluateOptions,
     digest: str,
+    cache: BatchCache | None,
 ) -> Results:
     common: dict[str, Any] = {
         "max_rows": options.max_rows,
@@ -149,6 +184,7 @@ def _run_suite(
         "seed": options.seed,
         "model_name": options.model,
         "model_sha256": digest,
+        "cache": cache,
     }
     with progress("measuring") as update:
         if options.suite == "tofu":
