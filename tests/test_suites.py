@@ -109,7 +109,7 @@ def test_other_formats_are_written_and_serve_as_references(capsys, tmp_path, mod
         folder = tmp_path / form
         status, out, _ = run(capsys, *model, *tofu, *sets, "--write-logs", form, "--output", folder)
         assert status == 0
-        assert {path.name for path in folder.iterdir()} == {"results.json", *names}
+        assert {path.name for path in folder.iterdir()} == {"cache", "results.json", *names}
         assert "born" not in (folder / names[0]).read_text()  # texts only with --keep-text
         summary = json.loads((folder / "results.json").read_text())["summary"]
         assert {"mia_auc", "mia_auc_zlib", "mia_auc_min_k_plus_plus"} <= set(summary)

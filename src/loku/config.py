@@ -213,6 +213,7 @@ class EvaluateOptions(ModelOptions):
     compare: list[str] = several("instead of a model: two results.json of the same rows, compared row by row", 2)
     seeds: list[str] = several("instead of a model: results.json of several seeds, aggregated")
     json: bool = option(False, "print one JSON object")
+    cache: bool = option(True, "keep scores in the output folder, go on from them, and answer a repeated call at once")
     seed: int = seed_option(42, "seed of the bootstrap intervals")
 
 

@@ -13,15 +13,18 @@ from loku.assessment import print_table
 from loku.config import EvaluateOptions
 from loku.data.prompts import resolve_template
 from loku.errors import InputError
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.log_figures import evaluate_logs
 from loku.evaluation.official_logs import official_log
 from loku.evaluation.open_unlearning import write_evaluation
 from loku.evaluation.paired import across_seeds, compare
 from loku.evaluation.results import Results, read_results, write_results
-from loku.files import check_output_folder, json_text, read_object, sha256_file, write_json, write_text
+from loku.evaluation.sharing import is_first, several_processes
+from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_json, write_text
+from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
-from loku.suites import Loaded, check_suite, prepare_suite
+from loku.suites import Loaded, Work, check_suite, prepare_suite
 
 LOG_RESULTS, COMPARISON, SEEDS = "results_from_logs.json", "comparison.json", "seeds.json"
 LOG_COLUMNS = {
@@ -37,6 +40,9 @@ RUNS = ("unlearn", "demo")  # commands whose folders hold a results.json of thei
 def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json.
 
+    A folder that holds the results of the same call answers at once, and an interrupted evaluation goes on from the
+    scores in its cache. Under torchrun the processes share the work, and the first one writes and speaks.
+
     Raises InputError before anything is measured, also when the folder holds a run or the results of something else.
     """
     check_model_source(options.model)
@@ -44,6 +50,17 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     if options.output:
         check_no_run(options.output)
     work = prepare_suite(options)
+    request = evaluation_request(options, work.hashes) if options.output and options.cache else None
+    known = finished_results(options.output, request) if options.output else None
+    with several_processes():
+        results = known or _measured(options, work, request)
+        if is_first():
+            _show(results, options, again=known is not None)
+    return results.to_json()
+
+
+def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Results:
+    """Load the model, measure it, and write the results."""
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -61,14 +78,26 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
         adapter = {"name": options.adapter, "sha256": _adapter_sha256(Path(options.adapter))}
     if options.output:
         check_same_evaluation(options.output, options.suite, digest, adapter.get("sha256"), work.hashes)
+    cache = None
+    if options.output and options.cache:
+        key = sha256_json([digest, _adapter_files(options.adapter), str(model.dtype)])
+        cache = BatchCache(Path(options.output) / CACHE / "batches", key, keep_text=options.keep_text)
     with progress("measuring") as update:
-        results = work.run(Loaded(model, tokenizer, template, digest), update)
+        results = work.run(Loaded(model, tokenizer, template, digest, cache), update)
     results.adapter = adapter or None
-    if options.output:
-        path = write_results(results, options.output)
-        files = [path] + (write_logs(results, options.output, options.write_logs) if options.write_logs else [])
-        if not options.json:
-            console.print(f"results written to {' and '.join(map(str, files))}")
+    if options.output and is_first():
+        write_results(results, options.output)
+        if options.write_logs:
+            write_logs(results, options.output, options.write_logs)
+        remember(options.output, request)
+    return results
+
+
+def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
+    """Print what was measured, unless one JSON object was asked for, and the warnings in any case."""
+    if options.output and not options.json:
+        said = "the same was measured before: results are in" if again else "results written to"
+        console.print(f"{said} {Path(options.output) / 'results.json'}")
     if not options.json:
         if results.suite in ("own", "tofu"):
             print_table({"model": results})
@@ -78,7 +107,6 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
             console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    return results.to_json()
 
 
 def _check_options(options: EvaluateOptions) -> None:
@@ -98,6 +126,13 @@ def _adapter_sha256(folder: Path) -> str | None:
     """Return the hash of an adapter's weights, in whichever of PEFT's two files they are."""
     files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
     return next((sha256_file(file) for file in files if file.is_file()), None)
+
+
+def _adapter_files(folder: str | None) -> list[str | None]:
+    """Return hashes of an adapter's weights and of its configuration, which says how much they count."""
+    if folder is None:
+        return []
+    return [_adapter_sha256(Path(folder)), sha256_file(Path(folder) / "adapter_config.json")]
 
 
 def check_no_run(output: str) -> None:

@@ -13,6 +13,7 @@ from loku.data.prompts import Template
 from loku.data.sources import SUFFIXES, RecordSet, load_records, load_rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.extras import parse_extras
 from loku.evaluation.lume import COLUMNS, DOCUMENT, evaluate_lume
 from loku.evaluation.lume import MAX_LENGTH as LUME_MAX_LENGTH
@@ -40,6 +41,7 @@ class Loaded:
     tokenizer: Any
     template: Template
     sha256: str
+    cache: BatchCache | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _common(options: EvaluateOptions, loaded: Loaded) -> dict[str, Any]:
         "seed": options.seed,
         "model_name": options.model,
         "model_sha256": loaded.sha256,
+        "cache": loaded.cache,
         "extras": parse_extras(options.extras),
         "reference_model": judge,
     }

@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from loku.data.encoding import IGNORE, Example
+from loku.evaluation.cache import BatchCache
+from loku.evaluation.decoding import decode, decodes_plainly
 from loku.evaluation.modes import end_ids, evaluating
+from loku.evaluation.sharing import gathered, own_share
 from loku.models import context_length
 
 BATCH_ROWS = 64
@@ -35,6 +41,8 @@ def generate(
     batch_rows: int = BATCH_ROWS,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
+    known: Sequence[Sequence[int]] | None = None,
+    cache: BatchCache | None = None,
 ) -> list[Generation]:
     """Continue prompts (token ids) greedily and return the continuations in the prompts' order.
 
@@ -42,29 +50,75 @@ def generate(
     or for each; the smaller wins, every row may have at least one new token, and the limits are each row's own, so
     that neighbours in a batch change nothing. Sampling settings and penalties of the model's own generation
     configuration are set aside meanwhile.
+
+    `known` holds, for each prompt, ids that its greedy continuation is known to begin with (`known_start`): they are
+    read, not decoded, and a row whose known ids end it is not decoded at all. What is said is the same, unless two
+    tokens are equally likely to within rounding. Where torch.distributed is initialised, the processes share the
+    batches and all of them return all continuations. Batches that `cache` holds are not decoded again.
     """
     limits = _limits(model, prompts, max_length, max_new_tokens)
     stops = end_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    context = context_length(model)
-    answers: dict[int, Generation] = {}
-    with torch.no_grad(), evaluating(model), _greedy(model, pad_id, stops):
-        for batch in _batches([len(prompt) for prompt in prompts], limits, batch_rows, batch_tokens, context):
-            width = max(len(prompts[row]) for row in batch)
-            rows = [[pad_id] * (width - len(prompts[row])) + list(prompts[row]) for row in batch]
-            mask = [[0] * (width - len(prompts[row])) + [1] * len(prompts[row]) for row in batch]
-            output = model.generate(  # type: ignore[operator]
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                max_new_tokens=max(limits[row] for row in batch),
-            )
-            for row, ids in zip(batch, output[:, width:].tolist(), strict=True):
-                kept = _until_end(ids[: limits[row]], stops)
-                answers[row] = Generation(tuple(kept), tokenizer.decode(kept, skip_special_tokens=True).strip())
+    starts = [list(ids)[:limit] for ids, limit in zip(known or [()] * len(prompts), limits, strict=True)]
+    answers = {row: _until_end(ids, stops) for row, ids in enumerate(starts)}
+    open_rows = [row for row, ids in enumerate(starts) if len(answers[row]) == len(ids) < limits[row]]
+    if progress is not None and len(open_rows) < len(prompts):
+        progress(len(prompts) - len(open_rows))
+    begun = [[*prompts[row], *starts[row]] for row in open_rows]
+    left = [limits[row] - len(starts[row]) for row in open_rows]
+    batches = list(_batches(list(map(len, begun)), left, batch_rows, batch_tokens, context_length(model)))
+    found: dict[int, list[int]] = {}
+    with torch.no_grad(), evaluating(model):
+        continue_batch = decode if not batches or decodes_plainly(model) is None else _by_generate
+        for batch in own_share(batches):
+            rows, allowed = [begun[place] for place in batch], [left[place] for place in batch]
+            ids = None if cache is None else cache.continuations(rows, allowed, stops)
+            if ids is None:
+                ids = continue_batch(model, rows, allowed, stops, pad_id)
+                if cache is not None:
+                    cache.put_continuations(rows, allowed, stops, ids)
+            found |= zip(batch, ids, strict=True)
             if progress is not None:
                 progress(len(batch))
-    return [answers[row] for row in range(len(prompts))]
+    own = len(found)
+    found = gathered(found)
+    if progress is not None and len(found) > own:
+        progress(len(found) - own)
+    for place, more in found.items():
+        answers[open_rows[place]] += more
+    return [
+        Generation(tuple(answers[row]), tokenizer.decode(answers[row], skip_special_tokens=True).strip())
+        for row in range(len(prompts))
+    ]
+
+
+def known_start(example: Example, hits: Sequence[bool] | NDArray[np.bool_], start: int) -> list[int]:
+    """Return what is known of the greedy continuation of an example's first `start` ids, from its scores.
+
+    `hits` says which supervised tokens are the model's first choice. Up to the first that is not, or that was not
+    scored, the greedy continuation is the example's own text.
+    """
+    choices = iter(hits)
+    is_hit = [label != IGNORE and bool(next(choices)) for label in [IGNORE, *example.labels[1:]]]
+    stop = next((place for place in range(start, len(is_hit)) if not is_hit[place]), len(is_hit))
+    return example.input_ids[start:stop]
+
+
+def _by_generate(
+    model: nn.Module, prompts: Sequence[Sequence[int]], limits: Sequence[int], stops: Sequence[int], pad_id: int
+) -> list[list[int]]:
+    """Continue a batch as `decode` does, by transformers' own loop: for models whose cache works otherwise."""
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    rows = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    with _greedy(model, pad_id, list(stops)):
+        output = model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=max(limits),
+        )
+    return [_until_end(ids[:limit], stops) for ids, limit in zip(output[:, width:].tolist(), limits, strict=True)]
 
 
 def _limits(

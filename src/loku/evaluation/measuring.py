@@ -14,7 +14,8 @@ from torch import nn
 from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.records import Record
 from loku.evaluation import metrics
-from loku.evaluation.generation import BATCH_ROWS, Generation, generate
+from loku.evaluation.cache import BatchCache
+from loku.evaluation.generation import BATCH_ROWS, Generation, generate, known_start
 from loku.evaluation.membership import min_k, min_k_plus_plus, zlib_score
 from loku.evaluation.metrics import Interval
 from loku.evaluation.modes import end_ids
@@ -35,9 +36,10 @@ LEAST_NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Effort:
-    """Limits and batch sizes. `max_length` counts prompt and answer, `max_new_tokens` the answer; None: no such limit.
+    """Limits, batch sizes and cache.
 
-    With `fit_answers` an answer may also not be longer than twice the longest reference answer plus 8 tokens.
+    `max_length` counts prompt and answer, `max_new_tokens` the answer; None: no such limit. With `fit_answers` an
+    answer may also not be longer than twice the longest reference answer plus 8 tokens.
     """
 
     max_length: int | None = None
@@ -45,6 +47,7 @@ class Effort:
     fit_answers: bool = False
     batch_tokens: int = BATCH_TOKENS
     batch_rows: int = BATCH_ROWS
+    cache: BatchCache | None = None
 
 
 @dataclass
@@ -139,6 +142,7 @@ class _Work:
     scored: list[Callable[[SequenceScore], None]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     limits: list[int | None] = field(default_factory=list)
+    sources: list[int | None] = field(default_factory=list)  # the example, if any, that begins with the prompt
     generated: list[Callable[[Generation], None]] = field(default_factory=list)
     longest_answer: int = 0
 
@@ -146,7 +150,14 @@ class _Work:
         self.examples.append(example)
         self.scored.append(place)
 
-    def ask(self, prompt: Sequence[int], place: Callable[[Generation], None], limit: int | None = None) -> None:
+    def ask(
+        self,
+        prompt: Sequence[int],
+        place: Callable[[Generation], None],
+        limit: int | None = None,
+        source: int | None = None,
+    ) -> None:
+        self.sources.append(source)
         self.prompts.append(list(prompt))
         self.limits.append(limit)
         self.generated.append(place)
@@ -183,9 +194,14 @@ def measure(
         eos_ids=end_ids(model, tokenizer),
         batch_tokens=effort.batch_tokens,
         progress=lambda count: advance(count, "scoring"),
+        cache=effort.cache,
     )
     for place, result in zip(work.scored, scores, strict=True):
         place(result)
+    known = [
+        [] if source is None else known_start(work.examples[source], scores[source].hits, len(prompt))
+        for source, prompt in zip(work.sources, work.prompts, strict=True)
+    ]
     answers = generate(
         model,
         tokenizer,
@@ -194,6 +210,8 @@ def measure(
         max_new_tokens=_new_tokens(work.limits, effort, work.longest_answer),
         batch_rows=effort.batch_rows,
         progress=lambda count: advance(count, "generating"),
+        known=known,
+        cache=effort.cache,
     )
     for put, answer in zip(work.generated, answers, strict=True):
         put(answer)
@@ -238,6 +256,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
     question, answer = question_and_answer(record)
     references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
     row = Measured(record, question, references, examples=list(examples), prompts=[_prompt(examples[0])])
+    source = len(work.examples)
     for example in examples:
         work.score(example, row.answer.append)
     encoded = list(examples)
@@ -247,7 +266,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
             work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
         for false in record.perturbed_answers:
             work.score(encoder.encode_answer(record, false, option=option), row.perturbed.append)
-    work.ask(row.prompts[0], row.generations.append)
+    work.ask(row.prompts[0], row.generations.append, source=source)
     if record.paraphrased_question is not None and not record.messages:
         other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
         work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
@@ -278,8 +297,8 @@ def _plan_text(work: _Work, examples: Sequence[Example], tokenizer: Any, record:
     question = tokenizer.decode(prompts[0][0], skip_special_tokens=True).strip()
     row = Measured(record, question, references, examples=list(examples), prompts=[prompt for prompt, _ in prompts])
     for example, (prompt, limit) in zip(examples, prompts, strict=True):
+        work.ask(prompt, row.generations.append, limit, source=len(work.examples))
         work.score(example, row.answer.append)
-        work.ask(prompt, row.generations.append, limit)
     return row
 
 

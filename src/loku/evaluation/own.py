@@ -12,6 +12,7 @@ from loku.data.prompts import Template
 from loku.data.sources import RecordSet
 from loku.evaluation import metrics
 from loku.evaluation.assembly import conclude, evaluate_prepared, prepare, utility_parts
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.measuring import Effort, Progress
 from loku.evaluation.reference import Reference
 from loku.evaluation.results import Results
@@ -33,6 +34,7 @@ def evaluate_own(
     max_new_tokens: int | None = None,
     batch_tokens: int = Effort.batch_tokens,
     batch_rows: int = Effort.batch_rows,
+    cache: BatchCache | None = None,
     keep_text: bool = False,
     reference: str | Path | Results | Reference | None = None,
     target: str | Path | Results | None = None,
@@ -78,7 +80,9 @@ def evaluate_own(
         suite="own",
         template=template,
         max_length=max_length,
-        effort=Effort(None, max_new_tokens, fit_answers=True, batch_tokens=batch_tokens, batch_rows=batch_rows),
+        effort=Effort(
+            None, max_new_tokens, fit_answers=True, batch_tokens=batch_tokens, batch_rows=batch_rows, cache=cache
+        ),
         settings={"max_rows": max_rows, "max_new_tokens": max_new_tokens},
         keep_text=keep_text,
         seed=seed,

@@ -1,4 +1,4 @@
-"""One teacher-forced pass: the log-probability of every supervised token, and whether greedy decoding hits it."""
+"""One teacher-forced pass: what a model makes of every supervised token, each sequence visited once."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from loku.data.batching import pad_batch
 from loku.data.encoding import IGNORE, Example
 from loku.errors import InputError
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.modes import evaluating
+from loku.evaluation.passes import Reading, Statistics, reading_of, tree_statistics
+from loku.evaluation.sharing import gathered, own_share
+from loku.evaluation.token_tree import Tree, grow_trees
 
 BATCH_TOKENS = 8192  # padded tokens per forward pass
-SOFTMAX_ELEMENTS = 2**26  # logits widened to float32 at a time (256 MiB)
 END_TOKENS = 2  # an end of sequence is searched among this many last tokens: some chat templates put a newline after it
 
 
@@ -66,12 +67,19 @@ def score(
     eos_ids: Collection[int] = (),
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] | None = None,
+    reading: Reading | None = None,
+    cache: BatchCache | None = None,
 ) -> list[SequenceScore]:
     """Score examples under a model and return the scores in the examples' order.
 
-    Examples are sorted by length and batched up to `batch_tokens` padded tokens; the model is in eval mode meanwhile
-    and back in its own mode afterwards. Only supervised positions are widened to float32. `progress` is told how many
-    examples each batch finished. Raises InputError when an example has no supervised token.
+    Sequences that begin alike are merged into token trees (`token_tree`), rows are sorted by length and batched up to
+    `batch_tokens` padded tokens, and logits are made at supervised positions only, a block at a time. How depends on
+    what the model allows (`reading_of`, by default asked here); the scores do not, but for rounding. The model is in
+    eval mode meanwhile and back in its own mode afterwards.
+
+    Batches that `cache` holds are not computed again. Where torch.distributed is initialised, the processes share the
+    batches and all of them return all scores. `progress` is told how many examples each batch finished. Raises
+    InputError when an example has no supervised token.
     """
     for example in examples:
         if all(label == IGNORE for label in example.labels[1:]):
@@ -79,18 +87,35 @@ def score(
                 f"Row {example.index} has no supervised token to score.",
                 "Give every row an answer, or raise the length limit that cuts it off.",
             )
-    device = next(model.parameters()).device
-    scores: dict[int, SequenceScore] = {}
+    if reading is None:
+        reading = reading_of(model) if examples else Reading()
+    trees = grow_trees([example.input_ids for example in examples], reading.trees)
+    found: dict[int, Statistics] = {}
     with torch.no_grad(), evaluating(model):
-        for batch in length_batches([len(example.input_ids) for example in examples], batch_tokens):
-            chosen = [examples[position] for position in batch]
-            inputs = {key: value.to(device) for key, value in pad_batch(chosen, pad_id).items()}
-            labels = inputs.pop("labels")
-            logits = model(**inputs, use_cache=False).logits
-            scores |= zip(batch, _scores(logits, labels, chosen, eos_ids), strict=True)
+        for batch in own_share(_tree_batches(trees, batch_tokens)):
+            members = [member for tree in batch for member in tree.members]
+            chosen = [examples[member] for member in members]
+            statistics = None if cache is None else cache.scores(chosen)
+            if statistics is None:
+                statistics = tree_statistics(model, reading.head, batch, examples, pad_id)
+                if cache is not None:
+                    cache.put_scores(chosen, statistics)
+            found |= zip(members, statistics, strict=True)
             if progress is not None:
-                progress(len(batch))
-    return [scores[position] for position in range(len(examples))]
+                progress(len(members))
+    own = len(found)
+    found = gathered(found)
+    if progress is not None and len(found) > own:
+        progress(len(found) - own)
+    return [_score(example, found[place], eos_ids) for place, example in enumerate(examples)]
+
+
+def _tree_batches(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
+    """Return batches of similar length. Chains are kept apart: they need no mask of their own."""
+    batches = []
+    for chosen in ([tree for tree in trees if not tree.is_chain], [tree for tree in trees if tree.is_chain]):
+        batches += [[chosen[row] for row in rows] for rows in length_batches(list(map(len, chosen)), batch_tokens)]
+    return batches
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -103,54 +128,20 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def _scores(
-    logits: Float[Tensor, "batch seq vocab"],
-    labels: Int[Tensor, "batch seq"],
-    examples: Sequence[Example],
-    eos_ids: Collection[int],
-) -> list[SequenceScore]:
-    targets = labels[:, 1:].to(logits.device)
-    mask = targets != IGNORE
-    logprobs, hits, entropies, variances = _token_scores(logits[:, :-1][mask], targets[mask])
-    scores = []
-    start = 0
-    for example, count in zip(examples, mask.sum(dim=1).tolist(), strict=True):
-        part = slice(start, start + count)
-        first, last = _answer_bounds(example, eos_ids)
-        scores.append(
-            SequenceScore(
-                index=example.index,
-                tokens=count,
-                nll=-float(logprobs[part].sum(dtype=np.float64)),
-                hits=hits[part],
-                logprobs=logprobs[part],
-                entropy=float(entropies[part].mean(dtype=np.float64)),
-                answer_start=first,
-                answer_stop=last,
-                means=-entropies[part],
-                variances=variances[part],
-            )
-        )
-        start += count
-    return scores
-
-
-def _token_scores(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-    """Return log p(target), whether the target is the first choice, entropy, and variance of log p, by position."""
-    rows = max(1, SOFTMAX_ELEMENTS // logits.shape[-1])
-    logprobs, hits, entropies, variances = [], [], [], []
-    for piece, target in zip(logits.split(rows), targets.split(rows), strict=True):
-        distribution = piece.float().log_softmax(dim=-1)
-        logprobs.append(distribution.gather(1, target.unsqueeze(1)).squeeze(1))
-        hits.append(distribution.argmax(dim=-1) == target)
-        shares = distribution.exp()
-        entropies.append(torch.special.entr(shares).sum(dim=-1))
-        deviations = (distribution + entropies[-1].unsqueeze(1)).square_()
-        # Impossible tokens (log p of minus infinity) have no share in the variance.
-        variances.append((shares * deviations).nan_to_num_(nan=0.0, posinf=0.0).sum(dim=-1))
-    return tuple(torch.cat(parts).cpu().numpy() for parts in (logprobs, hits, entropies, variances))  # type: ignore[return-value]
+def _score(example: Example, found: Statistics, eos_ids: Collection[int]) -> SequenceScore:
+    first, last = _answer_bounds(example, eos_ids)
+    return SequenceScore(
+        index=example.index,
+        tokens=len(found.logprobs),
+        nll=-float(found.logprobs.sum(dtype=np.float64)),
+        hits=found.hits,
+        logprobs=found.logprobs.astype(np.float32),
+        entropy=-float(found.means.mean(dtype=np.float64)),
+        answer_start=first,
+        answer_stop=last,
+        means=found.means.astype(np.float32),
+        variances=found.variances.astype(np.float32),
+    )
 
 
 def _answer_bounds(example: Example, eos_ids: Collection[int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from loku.data.prompts import Template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError, suggestion
 from loku.evaluation.assembly import conclude, evaluate_prepared, prepare, utility_parts
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.logs import NORMALISED_SETS, UTILITY_SETS
 from loku.evaluation.measuring import Effort, Progress
 from loku.evaluation.metrics import harmonic_mean
@@ -49,6 +50,7 @@ def evaluate_tofu(
     max_new_tokens: int | None = None,
     batch_tokens: int = Effort.batch_tokens,
     batch_rows: int = Effort.batch_rows,
+    cache: BatchCache | None = None,
     keep_text: bool = False,
     reference: str | Path | Results | Reference | None = None,
     target: str | Path | Results | None = None,
@@ -94,7 +96,7 @@ def evaluate_tofu(
         suite="tofu",
         template=template,
         max_length=max_length,
-        effort=Effort(max_length, max_new_tokens, batch_tokens=batch_tokens, batch_rows=batch_rows),
+        effort=Effort(max_length, max_new_tokens, batch_tokens=batch_tokens, batch_rows=batch_rows, cache=cache),
         normalised_sets=NORMALISED_SETS,
         settings={"forget_split": forget_split, "max_rows": max_rows, "max_new_tokens": max_new_tokens},
         keep_text=keep_text,

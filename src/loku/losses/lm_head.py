@@ -144,8 +144,9 @@ def _disagreement(model: nn.Module, head: HeadSpec) -> str | None:
 
 def _run(model: nn.Module, batch: Mapping[str, Tensor], head: HeadSpec, before_head: Any) -> Any:
     handle = head.module.register_forward_pre_hook(before_head)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     try:
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        return model(**inputs, use_cache=False)
     finally:
         handle.remove()
 

@@ -1,0 +1,122 @@
+"""Greedy decoding of a batch with a key-value cache; rows that have ended make room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from loku.losses.lm_head import unwrapped
+
+KEPT_SHARE = 0.75  # ended rows are dropped once no more than this share is left: dropping copies the cache
+TINY = ((1, 2, 3, 4, 5), (6, 4, 2))  # the check's prompts, and what follows each of them
+TINY_NEXT = ((3, 1), (5, 2))
+ERROR = 1e-4  # most that the check's logits may differ in float32, of their size
+ERROR_HALF = 0.05  # likewise in half precision
+
+
+class Decoder:
+    """The state of a batch that is being decoded: its cache, and which positions of it are padding."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        from transformers import DynamicCache
+
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache = DynamicCache(config=unwrapped(model).config)
+        longest = max(map(len, prompts))
+        self.mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=self.device)
+        ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in prompts], device=self.device)
+        self.logits = self._run(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0))
+
+    def feed(self, tokens: Int[Tensor, " rows"]) -> None:
+        """Append one token to each row and compute the logits that follow it."""
+        positions = self.mask.sum(dim=1, keepdim=True)
+        self.mask = torch.cat([self.mask, torch.ones_like(positions)], dim=1)
+        self.logits = self._run(tokens.to(self.device).unsqueeze(1), positions)
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Drop all other rows."""
+        rows = rows.to(self.device)
+        self.cache.batch_select_indices(rows)
+        self.mask, self.logits = self.mask[rows], self.logits[rows]
+
+    def _run(self, ids: Int[Tensor, "rows new"], positions: Int[Tensor, "rows new"]) -> Float[Tensor, "rows vocab"]:
+        found = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return found.logits[:, -1]
+
+
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    stops: Sequence[int],
+    pad_id: int,
+) -> list[list[int]]:
+    """Continue each prompt greedily by at most its limit (at least 1) of tokens, up to and without a stop token.
+
+    The first of equally likely tokens is taken, as by `model.generate`. The model must be one that `decodes_plainly`,
+    in eval mode and without gradients.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    decoder = Decoder(model, prompts, pad_id)
+    rows = list(range(len(prompts)))  # the prompt that each row of the cache continues
+    alive = set(rows)
+    while True:
+        chosen = decoder.logits.argmax(dim=-1)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row not in alive:
+                continue
+            if token in stops:
+                alive.discard(row)
+                continue
+            answers[row].append(token)
+            if len(answers[row]) >= limits[row]:
+                alive.discard(row)
+        if not alive:
+            return answers
+        if len(alive) <= KEPT_SHARE * len(rows):
+            kept = torch.tensor([place for place, row in enumerate(rows) if row in alive])
+            rows = [row for row in rows if row in alive]
+            decoder.keep(kept)
+            chosen = chosen[kept.to(chosen.device)]
+        decoder.feed(chosen)
+
+
+def decodes_plainly(model: nn.Module) -> str | None:
+    """Return why a model cannot be decoded by `decode`, or None when it can; `model.generate` always remains.
+
+    Two tiny prompts of different length are decoded together by given tokens, one of them dropped on the way, and the
+    logits must be those of whole sequences without a cache. The model must be in eval mode.
+    """
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            decoder = Decoder(model, TINY, 0)
+            found = [list(decoder.logits)]
+            decoder.feed(torch.tensor([row[0] for row in TINY_NEXT]))
+            found.append(list(decoder.logits))
+            decoder.keep(torch.tensor([1]))
+            decoder.feed(torch.tensor([TINY_NEXT[1][1]]))
+            found.append([found[-1][0], decoder.logits[0]])
+            for step, logits in enumerate(found):
+                for row in (0, 1) if step < 2 else (1,):
+                    ids = [*TINY[row], *TINY_NEXT[row][:step]]
+                    alone = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
+                    error = float((logits[row].float() - alone.float()).abs().max())
+                    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+                    if not error <= (ERROR if exact else ERROR_HALF) * float(alone.abs().max()):
+                        return f"its logits differ with a cache (by {error:.1e})"
+    except Exception as error:  # whatever a model's own code raises, model.generate remains
+        message = " ".join(str(error).split())[:200]
+        return f"the check of its cache failed ({type(error).__name__}: {message})"
+    return None
