@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loku.adapters.anchor import restore, save_checkpoint
+from loku.adapters.activations import orthogonality as penalty
+from loku.adapters.anchor import TRAINED, lora_layers, restore, save_checkpoint
 from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
 from loku.errors import DivergenceError, InputError
@@ -89,6 +90,9 @@ class UnlearnTrainer(GuardedTrainer):
     `combine` says how the two gradients meet: "sum", "pcgrad", "gru", "primal-dual" (the retain weight rises and falls
     so that the retain loss stays below `retain_bound`) or a function of two lists of gradients that returns one.
 
+    With `orthogonality` > 0 the adapter is penalised by that much times sum ||B^T P||_F^2, once a step, where P is the
+    layer's entry in `subspaces` (`retain_subspace`): the output directions that the retain rows use.
+
     Values of the target model are computed once here, before the first step, or with the adapters off; no second model
     is loaded, unless all weights are trained and a loss needs full distributions or hidden states.
 
@@ -117,6 +121,8 @@ class UnlearnTrainer(GuardedTrainer):
         layer: int | None = None,
         level: Sequence[Tensor] | None = None,
         reference: Sequence[Tensor] | None = None,
+        orthogonality: float = 0.0,
+        subspaces: Mapping[str, Tensor] | None = None,
         combine: str | Combiner = "sum",
         retain_bound: float | None = None,
         dual_rate: float = 1.0,
@@ -124,6 +130,13 @@ class UnlearnTrainer(GuardedTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
+        self.orthogonality = orthogonality
+        self.subspaces = dict(subspaces or {})
+        if orthogonality and not (isinstance(model, PeftModel) and set(self.subspaces) == set(lora_layers(model))):
+            raise InputError(
+                f"orthogonality={orthogonality:g} needs the retain rows' directions of every adapted layer.",
+                "Pass subspaces={name: retain_subspace(outputs)} for an adapted model, see loku.adapters.activations.",
+            )
         self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
         forward = Forward(layer=layer if layer is not None else _middle_layer(model))
         self.objective = Objective(
@@ -147,6 +160,7 @@ class UnlearnTrainer(GuardedTrainer):
         self._sums = {
             "forget_loss": torch.zeros((), device=args.device),
             "retain_loss": torch.zeros((), device=args.device),
+            "orthogonality": torch.zeros((), device=args.device),
         }
         self._steps_logged = 0
         super().__init__(
@@ -188,9 +202,23 @@ class UnlearnTrainer(GuardedTrainer):
         for weight, term in zip(self.weights, (forget(), retain()), strict=True):
             if term is not None:
                 total = total + weight * term
+        if self.orthogonality:
+            total = total + self.orthogonality * self._penalty(model, inputs, num_items_in_batch)
         # Processes average their gradients, while the counts above are over all of them.
         loss = total * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def _penalty(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | None) -> Tensor:
+        """Return this micro-batch's share of the penalty on the adapter: its shares of a step add up to one."""
+        if items is None:
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+        assert items is not None
+        count = self.objective.forget.count(inputs["forget"], inputs.get("alternate")).to(items)
+        layers = lora_layers(self.accelerator.unwrap_model(model))
+        factors = {name: layer.lora_B[TRAINED].weight for name, layer in layers.items()}
+        value = penalty(factors, self.subspaces) * (count / items[0])
+        self._sums["orthogonality"] += value.detach()
+        return value
 
     def _terms(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | None
@@ -235,6 +263,10 @@ class UnlearnTrainer(GuardedTrainer):
                 if value is not None:
                     self.meeting.add(side, torch.autograd.grad(weight * value, parameters, allow_unused=True))
                     total += weight * value.detach()
+        if self.orthogonality:  # it protects what the retain loss protects
+            value = self.orthogonality * self._penalty(model, inputs, num_items_in_batch)
+            self.meeting.add(1, torch.autograd.grad(value, parameters, allow_unused=True))
+            total += value.detach()
         if self.accelerator.sync_gradients:
             self.meeting.finish(parameters, self.accelerator)
         return total * self.args.world_size
@@ -255,7 +287,11 @@ class UnlearnTrainer(GuardedTrainer):
     def step_losses(self) -> dict[str, float]:
         """Return the mean forget and retain loss per optimiser step since the last call of `log`."""
         steps = max(self.state.global_step - self._steps_logged, 1)
-        used = {"forget_loss": bool(self.weights[0]), "retain_loss": self.train_dataset.retain is not None}
+        used = {
+            "forget_loss": bool(self.weights[0]),
+            "retain_loss": self.train_dataset.retain is not None,
+            "orthogonality": bool(self.orthogonality),
+        }
         found = {}
         for name, shown in used.items():
             if shown:  # each process holds its part of the sum

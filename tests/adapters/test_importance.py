@@ -150,7 +150,7 @@ def test_a_non_finite_gradient_is_refused():
 
 
 def test_saving_and_loading_keeps_everything(tmp_path):
-    layer = LayerImportance(torch.rand(4), torch.rand(4), torch.rand(4), 1e-7, 0.25)
+    layer = LayerImportance(*(torch.rand(4) for _ in range(4)), 1e-7, 0.25)
     saved = Importance({"a.b": layer}, {"model": "abc", "seed": 3})
     saved.save(tmp_path / "sub" / "importance.safetensors")
     loaded = Importance.load(tmp_path / "sub" / "importance.safetensors")
