@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from loku.adapters.activations import orthogonality as penalty
-from loku.adapters.anchor import TRAINED, lora_layers, restore, save_checkpoint
+from loku.adapters.anchor import restore, save_checkpoint
+from loku.adapters.penalty import Orthogonality
 from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
 from loku.errors import DivergenceError, InputError
@@ -130,13 +130,7 @@ class UnlearnTrainer(GuardedTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
-        self.orthogonality = orthogonality
-        self.subspaces = dict(subspaces or {})
-        if orthogonality and not (isinstance(model, PeftModel) and set(self.subspaces) == set(lora_layers(model))):
-            raise InputError(
-                f"orthogonality={orthogonality:g} needs the retain rows' directions of every adapted layer.",
-                "Pass subspaces={name: retain_subspace(outputs)} for an adapted model, see loku.adapters.activations.",
-            )
+        self.penalty = Orthogonality.checked(model, orthogonality, subspaces)
         self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
         forward = Forward(layer=layer if layer is not None else _middle_layer(model))
         self.objective = Objective(
@@ -202,8 +196,8 @@ class UnlearnTrainer(GuardedTrainer):
         for weight, term in zip(self.weights, (forget(), retain()), strict=True):
             if term is not None:
                 total = total + weight * term
-        if self.orthogonality:
-            total = total + self.orthogonality * self._penalty(model, inputs, num_items_in_batch)
+        if self.penalty:
+            total = total + self._penalty(model, inputs, num_items_in_batch)
         # Processes average their gradients, while the counts above are over all of them.
         loss = total * self.args.world_size
         return (loss, None) if return_outputs else loss
@@ -214,9 +208,7 @@ class UnlearnTrainer(GuardedTrainer):
             items = self._get_num_items_in_batch([inputs], self.args.device)
         assert items is not None
         count = self.objective.forget.count(inputs["forget"], inputs.get("alternate")).to(items)
-        layers = lora_layers(self.accelerator.unwrap_model(model))
-        factors = {name: layer.lora_B[TRAINED].weight for name, layer in layers.items()}
-        value = penalty(factors, self.subspaces) * (count / items[0])
+        value: Tensor = self.penalty(self.accelerator.unwrap_model(model)) * (count / items[0])
         self._sums["orthogonality"] += value.detach()
         return value
 
@@ -263,8 +255,8 @@ class UnlearnTrainer(GuardedTrainer):
                 if value is not None:
                     self.meeting.add(side, torch.autograd.grad(weight * value, parameters, allow_unused=True))
                     total += weight * value.detach()
-        if self.orthogonality:  # it protects what the retain loss protects
-            value = self.orthogonality * self._penalty(model, inputs, num_items_in_batch)
+        if self.penalty:  # it protects what the retain loss protects
+            value = self._penalty(model, inputs, num_items_in_batch)
             self.meeting.add(1, torch.autograd.grad(value, parameters, allow_unused=True))
             total += value.detach()
         if self.accelerator.sync_gradients:
@@ -290,7 +282,7 @@ class UnlearnTrainer(GuardedTrainer):
         used = {
             "forget_loss": bool(self.weights[0]),
             "retain_loss": self.train_dataset.retain is not None,
-            "orthogonality": bool(self.orthogonality),
+            "orthogonality": bool(self.penalty),
         }
         found = {}
         for name, shown in used.items():

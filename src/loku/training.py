@@ -25,7 +25,7 @@ from loku.job import Job, UnlearnResult
 from loku.losses.table import FORGET_LOSSES
 from loku.models import load_model, weights_sha256
 from loku.plan import describe_data, describe_importance, describe_initialisation, describe_method, describe_model
-from loku.progress import console, progress
+from loku.progress import progress
 from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
 from loku.target_values import TargetValues, read_logprobs, write_logprobs
 from loku.trainer import TrainingProgress, UnlearnTrainer, check_finite, steps_per_epoch, training_arguments

@@ -90,9 +90,9 @@ def unlearn(options: UnlearnOptions) -> None:
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
+    from loku.evidence import importance_provenance, measure_importance, partial_folder
     from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
-    from loku.evidence import importance_provenance, measure_importance, partial_folder
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +38,9 @@ def pooled_outputs(
 ) -> dict[str, Float[Tensor, "rows out"]]:
     """Return each layer's output on each row, summed over positions, in float32.
 
-    Masked positions do not count: what a layer puts out on padding is no property of the row. With `padding` they do, as
-    released, and the result depends on how rows are batched (here: in order). Nothing goes through the LM head, and
-    these vectors are all that is stored: they hold the same second moments as an out x out matrix, in less space.
+    Masked positions do not count: what a layer puts out on padding is no property of the row. With `padding` they do,
+    as released, and the result depends on how rows are batched (here: in order). Nothing goes through the LM head,
+    and these vectors are all that is stored: they hold the same second moments as an out x out matrix, in less space.
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in layers}
     mask = torch.empty(0)
@@ -102,7 +102,7 @@ def retain_subspace(
 ) -> Float[Tensor, "out found"]:
     """Return P, the eigenvectors of the largest eigenvalues of C_r other than 0: at most `directions`."""
     _, S, Vh = torch.linalg.svd(retain.double(), full_matrices=False)
-    kept = min(directions, int((S > S.max() * 1e-7).sum()))
+    kept = min(directions, int((S.max() * 1e-7 < S).sum()))
     return Vh[:kept].T.contiguous().float()
 
 
@@ -110,16 +110,3 @@ def share(pooled: Float[Tensor, "rows out"], Q: Float[Tensor, "out found"]) -> f
     """Return the share of the rows' energy that lies in the span of Q, sum |Q^T p|^2 / sum |p|^2."""
     total = float(pooled.square().sum())
     return float((pooled @ Q).square().sum()) / total if total else 0.0
-
-
-def orthogonality(
-    B: Mapping[str, Float[Tensor, "out rank"]], subspaces: Mapping[str, Float[Tensor, "out found"]]
-) -> Float[Tensor, ""]:
-    """Penalise what the adapters put into the directions that the retain rows use.
-
-        sum over layers of ||B^T P||_F^2
-
-    Source: ReGLU (Xiao et al. 2026, arXiv 2604.17396), weighted there with 0.5.
-    """
-    parts = [(factor.T @ subspaces[name].to(factor)).square().sum() for name, factor in B.items()]
-    return torch.stack(parts).sum()

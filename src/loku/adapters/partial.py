@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,9 +124,8 @@ class Journal:
             return
         for kind in ("state", "retain", "finished"):
             self._path(kind).unlink(missing_ok=True)
-        if world()[1] == 1:
-            shutil.rmtree(self.folder)
-        elif not any(self.folder.iterdir()):
+        # Other processes' files may still be there, or have gone with the folder already.
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
 
     def _path(self, kind: str) -> Path:
