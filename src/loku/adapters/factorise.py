@@ -60,11 +60,8 @@ def block_krylov(
     Q, image = M.new_empty(m, columns), M.new_empty(n, columns)  # image = M^T Q
     done = 0
     while done < columns:
-        block = block[:, : columns - done]
-        for _ in range(2 if done else 0):
-            block = block - Q[:, :done] @ (Q[:, :done].T @ block)
-        place = slice(done, done + block.shape[1])
-        Q[:, place] = torch.linalg.qr(block).Q
+        place = slice(done, min(done + block.shape[1], columns))
+        Q[:, place] = _next_block(Q[:, :done], block[:, : columns - done], generator)
         torch.mm(M.T, Q[:, place], out=image[:, place])
         done = place.stop
         if done < columns:
@@ -73,6 +70,21 @@ def block_krylov(
     U, S, Vh = torch.linalg.svd(R.T)
     left, right = Q @ U[:, :rank], right @ Vh[:rank].T
     return (right, S[:rank], left.T) if transposed else (left, S[:rank], right.T)
+
+
+def _next_block(
+    Q: Float[Tensor, "m done"], block: Float[Tensor, "m r"], generator: torch.Generator
+) -> Float[Tensor, "m r"]:
+    """Return an orthonormal basis of a block, orthogonal to Q; new random directions where it adds none to Q."""
+    size = block.norm(dim=0).max()
+    for _ in range(2 if Q.shape[1] else 0):  # once is not enough in floating point, twice is
+        block = block - Q @ (Q.T @ block)
+    found, R = torch.linalg.qr(block)
+    spent = R.diagonal().abs() <= size * 10 * torch.finfo(block.dtype).eps
+    if spent.any():
+        block = torch.where(spent, torch.randn(block.shape, generator=generator).to(block), found)
+        found = torch.linalg.qr(block - Q @ (Q.T @ block)).Q
+    return found
 
 
 def released_svd(matrix: Float[Tensor, "out in"], rank: int, seed: int) -> Triples:
