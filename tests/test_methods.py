@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from loku.adapters.initialisers import INITIALISERS
 from loku.config import UnlearnOptions
 from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
 from loku.methods import METHODS
@@ -14,7 +15,7 @@ from loku.objective import forget_term
 
 
 def test_the_methods_of_the_papers_are_there():
-    assert list(METHODS)[:5] == ["loku", "ihl", "npo", "graddiff", "ga"]
+    assert list(METHODS)[:7] == ["loku", "ihl", "vila", "reglu", "npo", "graddiff", "ga"]
     assert METHODS["loku"].settings == {
         "forget_loss": "ihl",
         "retain_loss": "nll",
@@ -22,6 +23,8 @@ def test_the_methods_of_the_papers_are_there():
         "init": "fila",
     }
     assert METHODS["ihl"].settings == METHODS["loku"].settings | {"init": "lora"}
+    assert METHODS["vila"].settings == METHODS["loku"].settings | {"init": "vila", "retain_weight": 1.3}
+    assert METHODS["reglu"].settings == METHODS["loku"].settings | {"init": "reglu", "orthogonality": 0.5}
     assert METHODS["graddiff"].settings == METHODS["ga"].settings | {"retain_weight": 1.0}
 
 
@@ -49,7 +52,9 @@ def test_needs_and_cost_agree_with_the_settings(name):
     forget, retain = FORGET_LOSSES[method.settings["forget_loss"]], RETAIN_LOSSES[method.settings["retain_loss"]]
     assert (method.needs == "forget rows only") == (method.settings["retain_weight"] == 0)
     assert ("one forward pass" in method.cost) == (method.settings["retain_weight"] == 0)
-    assert ("importance" in method.cost) == (method.settings["init"] == "fila")
+    measured = INITIALISERS[method.settings["init"]].needs
+    assert ("importance pass" in method.cost) == (measured in ("fisher", "variance"))
+    assert ("rows of each set" in method.cost) == (measured == "activations")
     assert ("reference" in method.cost) == ("reference" in forget.needs)
     assert ("refusals" in method.needs) == ("alternate" in {*forget.needs, *retain.needs})
     live = {"reference_logits", "reference_hidden"} & {*forget.needs, *retain.needs}

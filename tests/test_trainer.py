@@ -15,11 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
-from loku.adapters.anchor import ANCHOR, attach, lora_layers
+from loku.adapters.activations import LayerActivations, pooled_outputs, retain_subspace
+from loku.adapters.anchor import ANCHOR, TRAINED, attach, lora_layers
 from loku.adapters.export import portable_lora
 from loku.adapters.importance import estimate_importance
 from loku.adapters.initialisers import fila, initial_factors
 from loku.adapters.layers import target_layers, weight
+from loku.adapters.penalty import orthogonality
 from loku.config import UnlearnOptions
 from loku.data.encoding import IGNORE, Example
 from loku.errors import DivergenceError, InputError
@@ -390,3 +392,69 @@ def test_a_full_model_trains_without_adapters(tmp_path):
 def test_a_second_gpu_is_refused_with_the_way_to_use_it(tmp_path):
     with pytest.raises(InputError, match=r"--device cuda:1 cannot be trained on.*\nMake it the first: CUDA_VISIBLE_DE"):
         training_arguments(tmp_path, 1, **UnlearnOptions().as_dict() | {"device": "cuda:1"})
+
+
+def reglu_start():
+    """A model started by ReGLU, and the retain rows' directions of its layers."""
+    model = tiny_model()
+    layers = target_layers(model)
+    forget, retain = (pooled_outputs(model, layers, rows, pad_id=PAD) for rows in (FORGET, RETAIN))
+    activations = {name: LayerActivations(forget[name], retain[name]) for name in layers}
+    factors = initial_factors(layers, "reglu", rank=4, scaling=2.0, activations=activations)
+    subspaces = {name: retain_subspace(retain[name], 6) for name in layers}
+    return attach(model, layers, factors, rank=4, alpha=8.0), subspaces
+
+
+def factors_b(model):
+    return {name: layer.lora_B[TRAINED].weight for name, layer in lora_layers(model).items()}
+
+
+def test_the_penalty_is_the_squared_norm_within_the_retain_directions():
+    model, subspaces = reglu_start()
+    expected = sum(
+        float((B.double().T @ subspaces[name].double()).square().sum()) for name, B in factors_b(model).items()
+    )
+    assert float(orthogonality(factors_b(model), subspaces)) == pytest.approx(expected, rel=1e-5)
+    value = orthogonality(factors_b(model), subspaces)
+    name, B = next(iter(factors_b(model).items()))
+    (gradient,) = torch.autograd.grad(value, B)
+    torch.testing.assert_close(gradient, 2 * subspaces[name] @ subspaces[name].T @ B)
+
+
+@pytest.mark.parametrize("combine", ["sum", "pcgrad"])
+def test_the_penalty_counts_once_a_step_however_it_is_split(tmp_path, combine):
+    curves, ends = [], []
+    for name, batch_size, grad_accum in (("whole", 8, 1), ("split", 2, 4), ("uneven", 3, 3)):
+        model, subspaces = reglu_start()
+        options = {"batch_size": batch_size, "grad_accum": grad_accum, "epochs": 4.0, "learning_rate": 1e-3}
+        run = trainer(tmp_path / name, model, options=options, combine=combine, orthogonality=0.5, subspaces=subspaces)
+        first = 0.5 * float(orthogonality(factors_b(model), subspaces))
+        run.train()
+        rows = curve(tmp_path / name)
+        assert rows[0]["orthogonality"] == pytest.approx(first, rel=1e-4)
+        assert rows[0]["loss"] == pytest.approx(
+            rows[0]["forget_loss"] + rows[0]["retain_loss"] + rows[0]["orthogonality"], rel=1e-4
+        )
+        curves.append([row["loss"] for row in rows])
+        ends.append(weights(model))
+    worst = max(abs(a - b) for other in curves[1:] for a, b in zip(curves[0], other, strict=True))
+    assert worst < 2e-4 * max(map(abs, curves[0]))
+
+
+def test_the_penalty_moves_the_adapter_out_of_the_retain_directions(tmp_path):
+    ends = {}
+    for weight_ in (0.0, 0.5):
+        model, subspaces = reglu_start()
+        options = {"epochs": 10.0, "learning_rate": 5e-3}
+        trainer(tmp_path / str(weight_), model, options=options, orthogonality=weight_, subspaces=subspaces).train()
+        ends[weight_] = float(orthogonality(factors_b(model), subspaces))
+    assert ends[0.5] < 0.5 * ends[0.0]
+    assert "orthogonality" not in curve(tmp_path / "0.0")[0]
+
+
+@pytest.mark.parametrize("model", [anchored, tiny_model])
+def test_a_penalty_without_directions_is_refused(tmp_path, model):
+    with pytest.raises(
+        InputError, match=r"orthogonality=0\.5 needs an adapted model and the retain rows' directions.*"
+    ):
+        trainer(tmp_path, model(), orthogonality=0.5, subspaces={})

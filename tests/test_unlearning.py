@@ -19,6 +19,7 @@ import loku
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku import cli
+from loku.adapters.initialisers import INITIALISERS
 from loku.errors import DivergenceError, InputError
 from loku.models import weights_sha256
 
@@ -160,6 +161,115 @@ def test_retain_self_samples_from_the_model(capsys, tmp_path, model_folder, forg
     assert run(capsys, *arguments)[0] == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["retain"]["rows"] == 6
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+def test_every_initialiser_runs_and_says_what_it_saw(capsys, tmp_path, model_folder, forget_file, retain_file, init):
+    penalty = ("--orthogonality", "0.5") if init in ("reglu", "fila") else ()
+    arguments = command(
+        model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate", "--init", init, "--epochs", "1",
+        *penalty,
+    )  # fmt: skip
+    assert run(capsys, *arguments)[0] == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    needs = INITIALISERS[init].needs
+    starts = record["initialisation"]
+    assert (starts["initialiser"], len(starts["layers"])) == (init, 14)
+    for layer in starts["layers"]:
+        assert set(layer) == {"name", "energy_captured", "norm_a", "norm_b"}
+        assert (layer["norm_b"] > 0) == (init != "lora")
+        assert (layer["energy_captured"] > 0) == (init != "lora")
+    assert (record["importance"] is None) == (needs is None)
+    assert ("importance" in record["seconds"]) == (needs in ("fisher", "variance"))
+    assert ("activations" in record["seconds"]) == (needs == "activations" or bool(penalty))
+    if needs in ("fisher", "variance"):
+        for layer in record["importance"]["layers"]:
+            assert {"eps", "share_below_eps", "rank_correlation_forget_only", "relative_max"} < set(layer)
+    elif needs:
+        assert record["importance"]["mode"] == "activations"
+        assert all(layer["forget"] > layer["retain"] for layer in record["importance"]["layers"] if layer["directions"])
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert ("orthogonality" in first) == bool(penalty)
+    assert main_report(tmp_path / "run", capsys).count("model.layers.1.mlp.up_proj") >= 1
+
+
+def main_report(folder, capsys):
+    """The run's report as text."""
+    assert run(capsys, "report", folder, "--output", folder / "page.html")[0] == 0
+    return (folder / "page.html").read_text()
+
+
+def test_a_killed_importance_pass_goes_on_and_ends_the_same(tmp_path, model_folder, forget_file, retain_file, capsys):
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "run", "--no-evaluate", "--epochs", "1")
+    code = (
+        "import sys, loku.adapters.partial as partial, loku.adapters.importance as importance\n"
+        "partial.SAVE_SHARE = 0\n"
+        "importance.estimate_importance.__kwdefaults__['save_seconds'] = 0\n"
+        "plain, calls = importance.backward, []\n"
+        "def dying(*a, **k):\n"
+        "    calls.append(1)\n"
+        "    return plain(*a, **k) if len(calls) < 2 else sys.exit(9)\n"
+        "importance.backward = dying\n"
+        "from loku.cli import main\n"
+        f"main({[str(a) for a in arguments]!r} + ['--importance-batch-size', '2'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    kept = tmp_path / "run" / "importance.safetensors.partial"
+    assert [p.name for p in kept.iterdir()] == ["state-0.safetensors"]
+    assert run(capsys, *arguments, "--importance-batch-size", "2")[0] == 0
+    assert not kept.exists()
+    whole = command(model_folder, forget_file, retain_file, tmp_path / "whole", "--no-evaluate", "--epochs", "1")
+    assert run(capsys, *whole, "--importance-batch-size", "2")[0] == 0
+    one, other = (load_file(tmp_path / name / "importance.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_fila_two_sided_reads_filas_file(capsys, tmp_path, model_folder, forget_file, retain_file):
+    file = tmp_path / "importance.safetensors"
+    more = ("--no-evaluate", "--epochs", "1", "--importance", str(file))
+    run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "one", *more))
+    _, out, _ = run(
+        capsys, *command(model_folder, forget_file, retain_file, tmp_path / "two", *more, "--init", "fila-two-sided")
+    )
+    assert f"importance: reused from {file}" in out
+    status, _, err = run(
+        capsys, *command(model_folder, forget_file, retain_file, tmp_path / "three", *more, "--init", "vila")
+    )
+    assert (status, "made for something else (" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "remedy"),
+    [
+        (["--init-options", "beta=0.5"], "The initialiser has no option 'beta'.", "It has none."),
+        (
+            ["--init", "reglu", "--init-options", "beta=2"],
+            "The initialiser's option 'beta' is 2.",
+            "Give a number from 0 to 1.",
+        ),
+        (["--orthogonality", "0.5", "--tune", "full"], "--orthogonality is of no use with --tune full.", "It looks at"),
+        (["--importance-memory", "1e-6"], "--importance-memory 1e-06 GiB is too small for the layer", "Give at least"),
+    ],
+)
+def test_impossible_starts_are_refused_before_any_work(
+    capsys, tmp_path, model_folder, forget_file, retain_file, flags, given, remedy
+):
+    status, _, err = run(capsys, *command(model_folder, forget_file, retain_file, tmp_path / "run", *flags))
+    assert status == 2
+    assert given in err
+    assert remedy in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags", [["--init", "reglu"], ["--init", "lora", "--orthogonality", "0.5"]])
+def test_what_looks_at_retain_rows_needs_some(capsys, tmp_path, model_folder, forget_file, flags):
+    arguments = [
+        "unlearn", "--model", model_folder, "--forget", forget_file, "--output", tmp_path / "run", *FAST,
+        "--retain-weight", "0", *flags,
+    ]  # fmt: skip
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "and --retain is missing." in err
 
 
 @pytest.mark.parametrize("method", ["ihl", "npo", "graddiff", "ga"])

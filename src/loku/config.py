@@ -19,7 +19,9 @@ FORGET_LOSSES = (
 )  # fmt: skip
 RETAIN_LOSSES = ("nll", "kl", "hidden", "ap")
 COMBINERS = ("sum", "pcgrad", "gru", "primal-dual")
-INITIALISERS = ("fila", "fila-official", "lora")
+INITIALISERS = (
+    "fila", "fila-official", "fila-two-sided", "vila", "vila-official", "reglu", "pissa", "lora",
+)  # fmt: skip
 TRACKERS = (
     "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow",
     "neptune", "swanlab", "tensorboard", "trackio", "wandb",
@@ -102,6 +104,10 @@ class UnlearnOptions(TrainingOptions):
         None, "ihl: a model that never saw the forget set; tokens below its probability stop sharpening the runner-up"
     )
     init: str = option("fila", "how the adapter starts", choices=INITIALISERS, source="LoKU")
+    init_options: dict[str, Any] = pairs("the initialiser's own options, such as beta=0.5; see docs/initialisers.md")
+    orthogonality: float = option(
+        0.0, "weight of the penalty on what the adapter puts into the retain rows' directions; ReGLU: 0.5", least=0
+    )
     tune: str = option("lora", "lora trains an adapter; full trains all weights of a copy", choices=("lora", "full"))
     tune_layers: int | None = option(None, "with --tune full: only this many last decoder layers", least=1)
     rank: int = option(16, "LoRA rank", source="LoKU: 4, 8, 16 and 32", least=1)
@@ -113,7 +119,12 @@ class UnlearnOptions(TrainingOptions):
     importance_eps: float | None = option(
         None, "eps of the importance ratio (default: 0.01 x the layer's mean retain Fisher)", above=0
     )
-    importance_batch_size: int = option(4, "sequences per importance batch", source="LoKU, released scripts", least=1)
+    importance_batch_size: int | None = option(
+        None, "sequences per importance batch (default: 8; official recipes: 4, as released)", least=1
+    )
+    importance_memory: float | None = option(
+        None, "GiB for the Fisher sums (default: all layers at once); less means more passes over the rows", above=0
+    )
     self_rows: int = option(200, "texts to sample for --retain self", least=1)
     self_length: int = option(128, "tokens of each sampled text", least=2)
     evaluate: bool = option(True, "measure the model before and after, and write the report")
@@ -165,7 +176,12 @@ class ImportanceOptions(ModelOptions):
     importance_eps: float | None = option(
         None, "eps of the ratio (default: 0.01 x the layer's mean retain Fisher)", above=0
     )
-    importance_batch_size: int = option(4, "sequences per batch", source="LoKU, released scripts", least=1)
+    importance_batch_size: int | None = option(
+        None, "sequences per batch (default: 8; fila-official: 4, as released)", least=1
+    )
+    importance_memory: float | None = option(
+        None, "GiB for the Fisher sums (default: all layers at once); less means more passes over the rows", above=0
+    )
     seed: int = seed_option(42, "seed of the retain sample")
     output: str | None = option(None, "safetensors file to write")
 

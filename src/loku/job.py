@@ -11,6 +11,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loku.adapters.fisher import layer_groups
+from loku.adapters.initialisers import initialiser_of
 from loku.adapters.layers import check_rank, target_layers
 from loku.config import UnlearnOptions
 from loku.data.encoding import EncodedSet, Encoder, Example
@@ -98,17 +100,14 @@ def prepare(
     if options.tune == "lora":
         layers = target_layers(model, options.targets)
         check_rank(layers, options.rank)
+        layer_groups(layers, options.importance_memory)
     if retain is None and options.retain_weight:
         raise InputError(
             "--retain is missing.",
             "Give rows that must stay, or `--retain self` to sample them from the model itself, or "
             "`--retain-weight 0 --init lora` to do without (the model then forgets how to speak).",
         )
-    if retain is None and options.tune == "lora" and options.init.startswith("fila"):
-        raise InputError(
-            f"--init {options.init} compares the forget rows with retain rows, and --retain is missing.",
-            "Give --retain, or start without importance: --init lora.",
-        )
+    check_start(options, has_retain=retain is not None)
     encoder = Encoder(tokenizer, template, options.max_length)
     encoded_forget = with_spans(encoder.encode_records(forget, option="--forget"), forget, tokenizer)
     if isinstance(retain, str) and retain == SELF:
@@ -130,6 +129,25 @@ def prepare(
     job = Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
     check_fits(model, tokenizer, max(len(example.input_ids) for example in job.examples()))
     return job
+
+
+def check_start(options: UnlearnOptions, *, has_retain: bool) -> None:
+    """Raise InputError where the initialiser or the penalty lacks rows, or has options that it does not take."""
+    if options.tune != "lora":
+        if options.orthogonality:
+            raise InputError("--orthogonality is of no use with --tune full.", "It looks at the adapter: leave it out.")
+        return
+    initialiser = initialiser_of(options.init)
+    initialiser.values(options.init_options)
+    if has_retain:
+        return
+    if initialiser.needs:
+        raise InputError(
+            f"--init {options.init} compares the forget rows with retain rows, and --retain is missing.",
+            "Give --retain, or start without importance: --init lora.",
+        )
+    if options.orthogonality:
+        raise InputError("--orthogonality looks at the retain rows, and --retain is missing.", "Give --retain.")
 
 
 def with_spans(encoded: EncodedSet, records: RecordSet, tokenizer: PreTrainedTokenizerBase) -> EncodedSet:

@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from loku.adapters.importance import Importance
-from loku.adapters.initialisers import Factors
+from loku.adapters.activations import share
+from loku.adapters.initialisers import Factors, initialiser_of
 from loku.adapters.layers import target_layers
 from loku.config import UnlearnOptions
+from loku.evidence import Evidence
 from loku.job import Job
 from loku.progress import console
 from loku.runs import RunFolder
@@ -101,25 +102,50 @@ def describe_method(options: UnlearnOptions) -> dict[str, Any]:
     return described
 
 
+def describe_initialisation(factors: Mapping[str, Factors], options: UnlearnOptions) -> dict[str, Any]:
+    """Return what run.json says about where each layer's adapter starts."""
+    layers = [
+        {"name": name, "energy_captured": energy, "norm_a": float(A.norm()), "norm_b": float(B.norm())}
+        for name, (A, B, energy) in factors.items()
+    ]
+    return {"initialiser": options.init, "options": options.init_options, "layers": layers}
+
+
 def describe_importance(
-    importance: Importance, factors: Mapping[str, Factors], options: UnlearnOptions
-) -> dict[str, Any]:
-    """Return what run.json says about the importance of each layer."""
-    layers = []
-    for name, layer in importance.layers.items():
-        A, B, energy = factors[name]
-        layers.append(
-            {
-                "name": name,
-                "forget": float(layer.forget.mean() / A.shape[1]),
-                "retain": float(layer.retain.mean() / A.shape[1]),
-                "relative_max": float(layer.relative.max() / layer.relative.mean().clamp(min=1e-38)),
-                "eps": layer.eps,
-                "share_below_eps": layer.share_below_eps,
-                "rank_correlation_forget_only": layer.rank_correlation_forget_only(),
-                "energy_captured": energy,
-                "norm_a": float(A.norm()),
-                "norm_b": float(B.norm()),
-            }
-        )
-    return {"mode": "official" if options.init == "fila-official" else "default", "layers": layers}
+    evidence: Evidence, factors: Mapping[str, Factors], options: UnlearnOptions
+) -> dict[str, Any] | None:
+    """Return what run.json says about what the initialiser saw of each layer, or None where it looked at nothing.
+
+    `forget` and `retain` are mean importances; of ReGLU the shares of the rows' energy in the chosen directions.
+    """
+    initialiser = initialiser_of(options.init)
+    if initialiser.needs == "activations" and evidence.activations is not None:
+        layers: list[dict[str, Any]] = []
+        for name, seen in evidence.activations.items():
+            B = factors[name].B
+            Q = B[:, B.any(dim=0)].cpu()  # the columns that do not start as plain LoRA
+            layers.append(
+                {
+                    "name": name,
+                    "forget": share(seen.forget, Q),
+                    "retain": share(seen.retain, Q),
+                    "directions": Q.shape[1],
+                }
+            )
+        return {"mode": "activations", "layers": layers}
+    if evidence.importance is None:
+        return None
+    layers = [
+        {
+            "name": name,
+            "forget": float(layer.forget.mean() / len(layer.columns)),
+            "retain": float(layer.retain.mean() / len(layer.columns)),
+            "relative_max": float(layer.relative.max() / layer.relative.mean().clamp(min=1e-38)),
+            "eps": layer.eps,
+            "share_below_eps": layer.share_below_eps,
+            "rank_correlation_forget_only": layer.rank_correlation_forget_only(),
+        }
+        for name, layer in evidence.importance.layers.items()
+    ]
+    recipe = "official" if initialiser.official else "default"
+    return {"mode": recipe if initialiser.needs == "fisher" else f"variance, {recipe}", "layers": layers}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loku.adapters.anchor import restore, save_checkpoint
+from loku.adapters.penalty import Orthogonality
 from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
 from loku.errors import DivergenceError, InputError
@@ -89,6 +90,9 @@ class UnlearnTrainer(GuardedTrainer):
     `combine` says how the two gradients meet: "sum", "pcgrad", "gru", "primal-dual" (the retain weight rises and falls
     so that the retain loss stays below `retain_bound`) or a function of two lists of gradients that returns one.
 
+    With `orthogonality` > 0 the adapter is penalised by that much times sum ||B^T P||_F^2, once a step, where P is the
+    layer's entry in `subspaces` (`retain_subspace`): the output directions that the retain rows use.
+
     Values of the target model are computed once here, before the first step, or with the adapters off; no second model
     is loaded, unless all weights are trained and a loss needs full distributions or hidden states.
 
@@ -120,6 +124,8 @@ class UnlearnTrainer(GuardedTrainer):
         layer: int | None = None,
         level: Sequence[Tensor] | None = None,
         reference: Sequence[Tensor] | None = None,
+        orthogonality: float = 0.0,
+        subspaces: Mapping[str, Tensor] | None = None,
         combine: str | Combiner = "sum",
         retain_bound: float | None = None,
         dual_rate: float = 1.0,
@@ -128,6 +134,7 @@ class UnlearnTrainer(GuardedTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
+        self.penalty = Orthogonality.checked(model, orthogonality, subspaces)
         self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
         forward = Forward(model, layer=layer if layer is not None else _middle_layer(model), plain=plain_head)
         self.objective = Objective(
@@ -151,6 +158,7 @@ class UnlearnTrainer(GuardedTrainer):
         self._sums = {
             "forget_loss": torch.zeros((), device=args.device),
             "retain_loss": torch.zeros((), device=args.device),
+            "orthogonality": torch.zeros((), device=args.device),
         }
         self._steps_logged = 0
         super().__init__(
@@ -192,9 +200,21 @@ class UnlearnTrainer(GuardedTrainer):
         for weight, term in zip(self.weights, (forget(), retain()), strict=True):
             if term is not None:
                 total = total + weight * term
+        if self.penalty:
+            total = total + self._penalty(model, inputs, num_items_in_batch)
         # Processes average their gradients, while the counts above are over all of them.
         loss = total * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def _penalty(self, model: nn.Module, inputs: dict[str, Any], items: Tensor | None) -> Tensor:
+        """Return this micro-batch's share of the penalty on the adapter: its shares of a step add up to one."""
+        if items is None:
+            items = self._get_num_items_in_batch([inputs], self.args.device)
+        assert items is not None
+        count = self.objective.forget.count(inputs["forget"], inputs.get("alternate")).to(items)
+        value: Tensor = self.penalty(self.accelerator.unwrap_model(model)) * (count / items[0])
+        self._sums["orthogonality"] += value.detach()
+        return value
 
     def _terms(
         self, model: nn.Module, inputs: dict[str, Any], items: Tensor | None
@@ -239,6 +259,10 @@ class UnlearnTrainer(GuardedTrainer):
                 if value is not None:
                     self.meeting.add(side, torch.autograd.grad(weight * value, parameters, allow_unused=True))
                     total += weight * value.detach()
+        if self.penalty:  # it protects what the retain loss protects
+            value = self._penalty(model, inputs, num_items_in_batch)
+            self.meeting.add(1, torch.autograd.grad(value, parameters, allow_unused=True))
+            total += value.detach()
         if self.accelerator.sync_gradients:
             self.meeting.finish(parameters, self.accelerator)
         return total * self.args.world_size
@@ -259,7 +283,11 @@ class UnlearnTrainer(GuardedTrainer):
     def step_losses(self) -> dict[str, float]:
         """Return the mean forget and retain loss per optimiser step since the last call of `log`."""
         steps = max(self.state.global_step - self._steps_logged, 1)
-        used = {"forget_loss": bool(self.weights[0]), "retain_loss": self.train_dataset.retain is not None}
+        used = {
+            "forget_loss": bool(self.weights[0]),
+            "retain_loss": self.train_dataset.retain is not None,
+            "orthogonality": bool(self.penalty),
+        }
         found = {}
         for name, shown in used.items():
             if shown:  # each process holds its part of the sum

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 
 from loku.adapters.anchor import attach
 from loku.adapters.export import portable_lora
-from loku.adapters.importance import Importance, Mode, estimate_importance, sample_retain
 from loku.adapters.initialisers import initial_factors
-from loku.adapters.layers import Layers, parameter_share, target_layers
+from loku.adapters.layers import parameter_share, target_layers
 from loku.config import UnlearnOptions
 from loku.data.prompts import save_template
-from loku.errors import InputError, LokuError
+from loku.errors import LokuError
+from loku.evidence import Subspaces, check_importance_file, gather, retain_subspaces
 from loku.files import sha256_file, sha256_json
 from loku.forward import Forward, decoder_layers
 from loku.job import Job, UnlearnResult
 from loku.losses.table import FORGET_LOSSES
 from loku.models import load_model, weights_sha256
-from loku.plan import describe_data, describe_importance, describe_method, describe_model
-from loku.progress import console, progress
+from loku.plan import describe_data, describe_importance, describe_initialisation, describe_method, describe_model
+from loku.progress import progress
 from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
 from loku.target_values import TargetValues, read_logprobs, write_logprobs
 from loku.trainer import TrainingProgress, UnlearnTrainer, check_finite, steps_per_epoch, training_arguments
@@ -36,18 +36,18 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:
     data = describe_data(job)
     model_hash = weights_sha256(job.model)
     run.check_inputs(data, model_hash)
-    _check_importance(job, options, model_hash)
+    check_importance_file(job, options, model_hash)
     run.start(command="unlearn")
     if options.threads:
         torch.set_num_threads(options.threads)
     run.update(seed=options.seed, model=describe_model(job.model, options, model_hash), data=data)
     try:
-        trained = (
+        trained, subspaces = (
             _adapt(job, run, options, model_hash)
             if options.tune == "lora"
-            else _unfreeze(job.model, options.tune_layers)
+            else (_unfreeze(job.model, options.tune_layers), None)
         )
-        _train(trained, job, run, options)
+        _train(trained, subspaces, job, run, options)
         check_finite(trained)
         with run.timed("export"):
             exported = _export(trained, job, run, options)
@@ -58,93 +58,31 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:
     return UnlearnResult(trained, run.path, run.record)
 
 
-def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -> PeftModel:
-    """Choose (A0, B0) for every layer, by importance where the initialiser needs it, and attach the adapters."""
+def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -> tuple[PeftModel, Subspaces]:
+    """Choose (A0, B0) for every layer by what the initialiser needs to know of it, and attach the adapters.
+
+    Returns the retain rows' directions, too, where the penalty on them is on.
+    """
     layers = target_layers(job.model, options.targets)
-    importance = None
-    if options.init.startswith("fila"):
-        with run.timed("importance"):
-            importance = _importance(job, run, options, layers, model_hash)
+    evidence = gather(job, run, options, layers, model_hash)
     with run.timed("initialisation"):
         factors = initial_factors(
             layers,
             options.init,
             rank=options.rank,
             scaling=options.lora_alpha / options.rank,
-            importance=importance,
+            importance=evidence.importance,
+            activations=evidence.activations,
+            options=options.init_options,
             seed=options.seed,
         )
+        subspaces = retain_subspaces(evidence, options)
         model = attach(job.model, layers, factors, rank=options.rank, alpha=options.lora_alpha)
-    run.update(importance=describe_importance(importance, factors, options) if importance else None)
-    return model
-
-
-def _check_importance(job: Job, options: UnlearnOptions, model_hash: str) -> None:
-    """Raise InputError when --importance names a file that was made for something else."""
-    if options.tune != "lora" or not options.init.startswith("fila"):
-        return
-    if not options.importance or not Path(options.importance).is_file():
-        return
-    found, wanted = Importance.load(options.importance), importance_provenance(job, options.init, options, model_hash)
-    changed = sorted(k for k in wanted if found.provenance.get(k) != wanted[k])
-    if not changed and set(found.layers) != set(target_layers(job.model, options.targets)):
-        changed = ["targets"]
-    if changed:
-        raise InputError(
-            f"--importance '{options.importance}' was made for something else ({', '.join(changed)} differ).",
-            "Give the file made for this model and these rows, or a new file name to write.",
-        )
-
-
-def _importance(job: Job, run: RunFolder, options: UnlearnOptions, layers: Layers, model_hash: str) -> Importance:
-    """Return the importance: from the file when nothing changed, else estimated and saved."""
-    assert job.encoded_retain is not None
-    path = Path(options.importance) if options.importance else run.path / "importance.safetensors"
-    wanted = importance_provenance(job, options.init, options, model_hash)
-    if path.is_file():
-        found = Importance.load(path)
-        if found.provenance == wanted and set(found.layers) == set(layers):
-            console.print(f"importance: reused from {path} (nothing changed)")
-            return found
-    importance = measure_importance(job, options.init, options, layers, wanted)
-    importance.save(path)
-    return importance
-
-
-def measure_importance(job: Job, init: str, options: Any, layers: Layers, provenance: Mapping[str, Any]) -> Importance:
-    """Estimate the Fisher importance of a job's rows, showing progress."""
-    assert job.encoded_retain is not None
-    mode: Mode = "official" if init == "fila-official" else "default"
-    retain = sample_retain(job.encoded_retain.examples, job.encoded_forget.examples, mode, options.seed)
-    with progress("importance") as update:
-        return estimate_importance(
-            job.model,
-            layers,
-            job.encoded_forget.examples,
-            retain,
-            pad_id=job.tokenizer.pad_token_id,
-            mode=mode,
-            eps=options.importance_eps,
-            batch_size=options.importance_batch_size,
-            provenance=provenance,
-            progress=lambda done, total: update(done, total, ""),
-        )
-
-
-def importance_provenance(job: Job, init: str, options: Any, model_hash: str) -> dict[str, Any]:
-    """Return what an importance file depends on: it may be reused exactly when none of this changed."""
-    return {
-        "model": model_hash,
-        "forget": job.forget.sha256,
-        "retain": job.retain.sha256 if job.retain is not None else None,
-        "recipe": init,
-        "eps": options.importance_eps,
-        "batch_size": options.importance_batch_size,
-        "max_length": options.max_length,
-        "template": sha256_json(job.template.describe()),
-        "targets": options.targets,
-        "seed": options.seed,
-    }
+    run.update(
+        importance=describe_importance(evidence, factors, options),
+        initialisation=describe_initialisation(factors, options),
+    )
+    return model, subspaces
 
 
 def _unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:
@@ -156,7 +94,7 @@ def _unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:
     return model
 
 
-def _train(model: Any, job: Job, run: RunFolder, options: UnlearnOptions) -> None:
+def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: UnlearnOptions) -> None:
     checkpoint = run.last_checkpoint()
     run.rewind_metrics(checkpoint)
     forget = job.encoded_forget.examples
@@ -184,6 +122,8 @@ def _train(model: Any, job: Job, run: RunFolder, options: UnlearnOptions) -> Non
             layer=options.layer,
             level=level,
             reference=reference,
+            orthogonality=options.orthogonality,
+            subspaces=subspaces,
             combine=options.combine,
             retain_bound=options.retain_bound,
             dual_rate=options.dual_rate,

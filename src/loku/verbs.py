@@ -93,9 +93,9 @@ def unlearn(options: UnlearnOptions) -> None:
 def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
+    from loku.evidence import importance_provenance, measure_importance, partial_folder
     from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
-    from loku.training import importance_provenance, measure_importance
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
@@ -115,7 +115,8 @@ def importance(options: ImportanceOptions) -> None:
     job = prepare(model, tokenizer, forget, retain, settings)
     layers = target_layers(model, options.targets)
     provenance = importance_provenance(job, options.init, options, weights_sha256(model))
-    measured = measure_importance(job, options.init, options, layers, provenance)
+    partial = partial_folder(options.output)
+    measured = measure_importance(job, options.init, options, layers, provenance, partial=partial)
     measured.save(options.output)
     console.print(f"importance of {len(measured.layers)} layers written to {options.output}")
 

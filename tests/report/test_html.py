@@ -172,6 +172,37 @@ def test_an_unfinished_run_says_so(make_run: Callable[..., Path], tmp_path: Path
     assert "Times were not recorded" in plain
 
 
+@pytest.mark.parametrize(
+    ("mode", "told"),
+    [
+        ("default", "the mean squared gradient of the loss"),
+        ("variance, default", "the variance of the gradients of small random adapter factors"),
+        ("activations", "the output directions that the forget rows use most"),
+        (None, "No importances were measured"),
+    ],
+)
+def test_every_initialisers_start_is_shown(make_run: Callable[..., Path], tmp_path: Path, mode: str, told: str) -> None:
+    run = make_run()
+    record = json.loads((run / "run.json").read_text())
+    layers = record["importance"]["layers"]
+    starts = [{key: layer.pop(key) for key in ("energy_captured", "norm_a", "norm_b")} for layer in layers]
+    starts = [{"name": layer["name"]} | start for layer, start in zip(layers, starts, strict=True)]
+    record["importance"] = {"mode": mode, "layers": layers} if mode else None
+    record["initialisation"] = {"initialiser": "some-start", "options": {}, "layers": starts}
+    (run / "run.json").write_text(json.dumps(record))
+    text = check_page(write_report([run], tmp_path / "report.html"))
+    plain = words(text)
+    assert told in plain
+    assert "some-start" in plain
+    for column in ("Energy captured", "‖A‖", "‖B‖"):
+        assert column in plain
+    assert ("Rank corr. with forget-only" in plain) == bool(mode)
+    assert ("activations in the chosen directions" in plain) == (mode == "activations")
+    record["importance"] = record["initialisation"] = 7
+    (run / "run.json").write_text(json.dumps(record))
+    check_page(write_report([run], tmp_path / "report.html"))
+
+
 def test_evaluation_folder(make_results: Callable[..., dict], tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(
         json.dumps(make_results("loku") | {"verdict": None, "warnings": ["Few rows."]})

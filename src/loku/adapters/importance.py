@@ -4,48 +4,64 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from loku.adapters.layers import Layers, weight
-from loku.data.batching import pad_batch
+from loku.adapters.backward import Taps, backward, frozen, plan_batches
+from loku.adapters.fisher import ForgetPass, RetainPass, Scratch, layer_groups
+from loku.adapters.layers import Layers
+from loku.adapters.partial import SAVE_SECONDS, Journal, Position, sum_over_processes, world
 from loku.data.encoding import Example
 from loku.errors import DivergenceError, InputError
-from loku.files import json_line, replace_file
-from loku.losses.positions import IGNORE
+from loku.files import json_line, replace_file, sha256_json
 
 Mode = Literal["default", "official"]
 
 OFFICIAL_EPS = 1e-5
 RELATIVE_EPS = 0.01  # times the layer's mean retain Fisher
 MIN_RETAIN_ROWS = 256
+BATCH = 8
+OFFICIAL_BATCH = 4  # a batch's mean gradient depends on it
+
+VECTORS = ("relative", "forget", "retain", "columns")
 
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """What one layer's Fisher information says about its rows (output neurons).
+    """What one layer's Fisher information says about its rows (output neurons) and columns (inputs).
 
-    `relative[i]` = sum_j F_f[i, j] / (F_r[i, j] + eps), the row weights of FILA; `forget` and `retain` are the row
-    sums of F_f and F_r; `eps` is the value used; `share_below_eps` is the share of entries with F_r < eps.
+    With R[i, j] = F_f[i, j] / (F_r[i, j] + eps): `relative[i]` = sum_j R[i, j], the row weights of FILA, and
+    `columns[j]` = sum_i R[i, j]; `forget` and `retain` are the row sums of F_f and F_r; `eps` is the value used;
+    `share_below_eps` is the share of entries with F_r < eps.
     """
 
     relative: Float[Tensor, " out"]
     forget: Float[Tensor, " out"]
     retain: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
     eps: float
     share_below_eps: float
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return everything as tensors, under keys that start with the layer's name."""
+        vectors = {f"{name}.{part}": getattr(self, part) for part in VECTORS}
+        return vectors | {f"{name}.numbers": torch.tensor([self.eps, self.share_below_eps], dtype=torch.float64)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str) -> LayerImportance:
+        """Make it from what `tensors` returned."""
+        eps, below = tensors[f"{name}.numbers"].tolist()
+        return cls(**{part: tensors[f"{name}.{part}"] for part in VECTORS}, eps=eps, share_below_eps=below)
 
     def rank_correlation_forget_only(self) -> float:
         """Spearman correlation of the row weights with forget-only Fisher: near 1, the retain set did not count."""
@@ -62,17 +78,9 @@ class Importance:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file: three vectors a layer, the rest as JSON in the metadata. Atomic."""
-        tensors: dict[str, Tensor] = {}
-        numbers = {}
-        for name, layer in self.layers.items():
-            tensors |= {
-                f"{name}.relative": layer.relative,
-                f"{name}.forget": layer.forget,
-                f"{name}.retain": layer.retain,
-            }
-            numbers[name] = {"eps": layer.eps, "share_below_eps": layer.share_below_eps}
-        metadata = {"provenance": json_line(self.provenance), "layers": json_line(numbers)}
+        """Write a safetensors file: the vectors of each layer, provenance as JSON in the metadata. Atomic."""
+        tensors = {key: value for name, layer in self.layers.items() for key, value in layer.tensors(name).items()}
+        metadata = {"provenance": json_line(self.provenance), "layers": json_line(list(self.layers))}
         replace_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -84,13 +92,7 @@ class Importance:
             with safe_open(path, framework="pt") as handle:
                 metadata = handle.metadata() or {}
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-            numbers = json.loads(metadata["layers"])
-            layers = {
-                name: LayerImportance(
-                    **{part: tensors[f"{name}.{part}"] for part in ("relative", "forget", "retain")}, **values
-                )
-                for name, values in numbers.items()
-            }
+            layers = {name: LayerImportance.from_tensors(tensors, name) for name in json.loads(metadata["layers"])}
             return cls(layers, json.loads(metadata["provenance"]))
         except (SafetensorError, KeyError, ValueError, OSError, TypeError) as error:
             raise InputError(
@@ -119,171 +121,181 @@ def estimate_importance(
     pad_id: int,
     mode: Mode = "default",
     eps: float | None = None,
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    memory: float | None = None,
+    partial: str | Path | None = None,
+    save_seconds: float = SAVE_SECONDS,
     provenance: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Importance:
-    """Estimate the relative Fisher importance of each row of each layer's weight.
+    """Estimate the relative Fisher importance of each row and column of each layer's weight.
 
     With g_i the gradient of example i's mean token cross entropy (nats) and c_i its supervised tokens,
 
         F = sum_i c_i g_i^2 / sum_i c_i          for forget (F_f) and retain (F_r) examples
-        relative[o] = sum_j F_f[o, j] / (F_r[o, j] + eps)
+        R = F_f / (F_r + eps)                    relative[o] = sum_j R[o, j], columns[j] = sum_o R[o, j]
 
-    Default mode: one gradient per example, eps = 0.01 * mean(F_r) of the layer. `official` is the released recipe:
-    g is the gradient of the mean over a whole batch, c its token count, eps = 1e-5. `eps` overrides either (absolute
-    value). Squares are accumulated in float32 whatever the model's dtype.
+    Default mode: one gradient per example, eps = 0.01 * mean(F_r) of the layer; examples are sorted by length and
+    `batch_size` (default 8) changes nothing but speed. `official` is the released recipe: g is the gradient of the
+    mean over a whole batch (default 4), c its token count, eps = 1e-5. `eps` overrides either (absolute value). Squares
+    are accumulated in float32 whatever the model's dtype.
 
     The model stays frozen: gradients of the weights are formed from each layer's input and output gradient and
-    consumed at once. Only F_r is stored (one float32 matrix a layer), because the ratio is linear in F_f.
+    consumed at once. Only F_r is stored (one float32 matrix a layer), because R is linear in F_f. Where these matrices
+    do not fit, `memory` (GiB) splits the layers into groups, each with two passes over the data of its own.
+
+    Where torch.distributed is initialised, each process takes its share of the batches, and all return the same sums.
+    With a folder `partial` the sums are saved every `save_seconds` or more, and the same call goes on from them, to
+    the same bits; the folder is removed at the end.
 
     Raises DivergenceError when a gradient is not finite.
 
     Source: LoKU (arXiv 2408.06621), relative Fisher information; `official` follows the authors' released code.
     """
-    per_example = mode == "default"
-    total = len(forget) + len(retain)
-    done = 0
+    official = mode == "official"
+    size = batch_size or (OFFICIAL_BATCH if official else BATCH)
+    batches = {
+        "retain": plan_batches(retain, size, sort=not official),
+        "forget": plan_batches(forget, size, sort=not official),
+    }
+    groups = layer_groups(layers, memory)
+    fingerprint = ""
+    if partial is not None:
+        fingerprint = _fingerprint(model, groups, batches, (mode, eps, dict(provenance or {})))
+    journal = Journal(Path(partial) if partial is not None else None, fingerprint, save_seconds)
+    position, finished, retain_fisher = journal.start()
+    done = {name: LayerImportance.from_tensors(finished, name) for group in groups[: position.group] for name in group}
+    report = _Progress(progress, batches, len(groups))
+    with frozen(model, train=official):
+        for number, group in enumerate(groups):
+            if number < position.group:
+                continue
+            here = position if number == position.group else Position(number)
+            run = _Run(model, pad_id, batches, official, journal, report)
+            fisher = retain_fisher if here.phase == "forget" else run.retain(group, here)
+            if here.phase == "retain":
+                journal.save_retain(number, fisher)
+                here = Position(number, "forget")
+                journal.save(here, {})
+            done |= run.forget(group, here, fisher, mode, eps)
+            journal.save_finished({k: v for name, layer in done.items() for k, v in layer.tensors(name).items()})
+            journal.save(Position(number + 1), {})
+            retain_fisher = fisher = {}  # free them before the next group's are made
+    journal.clear()
+    return Importance({name: done[name] for name in layers}, dict(provenance or {}))
 
-    def run(recorder: _Recorder, examples: Sequence[Example]) -> int:
-        nonlocal done
-        tokens = 0
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            tokens += recorder.backward(model, pad_batch(chunk, pad_id))
-            done += len(chunk)
-            if progress is not None:
-                progress(done, total)
-        return max(tokens, 1)
 
-    with _frozen(model, train=mode == "official"):
-        fisher_r = {
-            name: torch.zeros(weight(layer).shape, device=layer.weight.device) for name, layer in layers.items()
-        }
-        with _Recorder(layers, per_example, lambda name, square: fisher_r[name].add_(square)) as recorder:
-            tokens_r = run(recorder, retain)
+@dataclass
+class _Run:
+    """The two passes over one group of layers."""
 
+    model: PreTrainedModel
+    pad_id: int
+    batches: dict[str, list[list[Example]]]
+    whole: bool
+    journal: Journal
+    report: _Progress
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def retain(self, group: Layers, here: Position) -> dict[str, Float[Tensor, "out in"]]:
+        """Return F_r of each layer."""
+        consume = RetainPass(group, self.scratch)
+        tokens = self._pass(group, here, consume)
+        for fisher in consume.tensors.values():
+            fisher.div_(tokens)
+        return consume.tensors
+
+    def forget(
+        self, group: Layers, here: Position, fisher: dict[str, Tensor], mode: Mode, eps: float | None
+    ) -> dict[str, LayerImportance]:
+        """Return what the layers' importances come to; `fisher` (F_r) is used up."""
         eps_of, below, retain_rows = {}, {}, {}
-        for name, fisher in fisher_r.items():
-            fisher.div_(tokens_r)
-            eps_of[name] = _eps(fisher, mode, eps)
-            below[name] = float((fisher < eps_of[name]).float().mean())
-            retain_rows[name] = fisher.sum(1)
-            fisher.add_(eps_of[name]).reciprocal_()  # from here on the weights 1 / (F_r + eps)
-
-        relative = {name: torch.zeros(len(fisher), device=fisher.device) for name, fisher in fisher_r.items()}
-        forget_rows = {name: torch.zeros_like(rows) for name, rows in relative.items()}
-
-        def consume(name: str, square: Tensor) -> None:
-            forget_rows[name] += square.sum(1)
-            relative[name] += torch.linalg.vecdot(square, fisher_r[name])
-
-        with _Recorder(layers, per_example, consume) as recorder:
-            tokens_f = run(recorder, forget)
-
-    result = {}
-    for name in layers:
-        rows = (relative[name] / tokens_f).cpu()
-        if not torch.isfinite(rows).all():
-            raise DivergenceError(
-                f"The Fisher information of layer '{name}' is not finite.",
-                "Its gradients overflow before any training: check the model and the data, or try --dtype float32.",
+        for name, layer in group.items():
+            matrix = fisher[name] = fisher[name].to(layer.weight.device)
+            eps_of[name] = _eps(matrix, mode, eps)
+            below[name] = int((matrix < eps_of[name]).count_nonzero()) / matrix.numel()
+            retain_rows[name] = matrix.sum(1)
+            matrix.add_(eps_of[name]).reciprocal_()  # from here on 1 / (F_r + eps)
+        consume = ForgetPass(fisher, self.scratch)
+        tokens = self._pass(group, here, consume)
+        result = {}
+        for name in group:
+            sums = {part: consume.tensors[f"{name}.{part}"] / tokens for part in ("relative", "forget", "columns")}
+            check_finite(name, sums["relative"])
+            result[name] = LayerImportance(
+                **{part: vector.cpu() for part, vector in sums.items()},
+                retain=retain_rows[name].cpu(),
+                eps=eps_of[name],
+                share_below_eps=below[name],
             )
-        result[name] = LayerImportance(
-            relative=rows,
-            forget=(forget_rows[name] / tokens_f).cpu(),
-            retain=retain_rows[name].cpu(),
-            eps=eps_of[name],
-            share_below_eps=below[name],
+        return result
+
+    def _pass(self, group: Layers, here: Position, consume: RetainPass | ForgetPass) -> int:
+        """Run the rest of a phase's batches, this process's share. Returns the tokens of all processes."""
+        rank, size = world()
+        tokens = here.tokens
+        if here.batches:
+            self.journal.restore(consume.tensors)
+        with Taps(group, consume, whole=self.whole) as taps:
+            for number, batch in enumerate(self.batches[here.phase][rank::size]):
+                if number >= here.batches:
+                    tokens += backward(self.model, batch, taps, pad_id=self.pad_id)
+                    if self.journal.due():
+                        self.journal.save(Position(here.group, here.phase, number + 1, tokens), consume.tensors)
+                self.report(here, len(batch) * size)
+        total = torch.tensor(tokens, device=self.model.device)
+        sum_over_processes([total, *consume.tensors.values()])
+        return max(int(total), 1)
+
+
+class _Progress:
+    """Turns batches done into examples done of all passes."""
+
+    def __init__(
+        self, update: Callable[[int, int], None] | None, batches: dict[str, list[list[Example]]], groups: int
+    ) -> None:
+        self.update = update
+        self.sizes = {phase: sum(map(len, found)) for phase, found in batches.items()}
+        self.total = groups * sum(self.sizes.values())
+        self.phase = (-1, "")
+        self.done = 0
+
+    def __call__(self, here: Position, examples: int) -> None:
+        """Count the examples of one batch."""
+        if (here.group, here.phase) != self.phase:
+            self.phase = (here.group, here.phase)
+            self.done = here.group * sum(self.sizes.values()) + (here.phase == "forget") * self.sizes["retain"]
+        self.done += examples
+        if self.update is not None:
+            self.update(min(self.done, self.total), self.total)
+
+
+def _fingerprint(model: PreTrainedModel, groups: Sequence[Layers], batches: Any, settings: Any) -> str:
+    """Return a hash of everything the sums depend on, the weights by their sums only."""
+    sums = [float(parameter.detach().sum(dtype=torch.float64)) for parameter in model.parameters()]
+    shapes = [[(name, list(layer.weight.shape)) for name, layer in group.items()] for group in groups]
+    rows = {phase: [[(e.input_ids, e.labels) for e in batch] for batch in found] for phase, found in batches.items()}
+    return sha256_json([sums, str(model.dtype), shapes, rows, settings, world()])
+
+
+def check_finite(name: str, vector: Tensor) -> None:
+    """Raise DivergenceError when a layer's importance is not finite."""
+    if not torch.isfinite(vector).all():
+        raise DivergenceError(
+            f"The Fisher information of layer '{name}' is not finite.",
+            "Its gradients overflow before any training: check the model and the data, or try --dtype float32.",
         )
-    return Importance(result, dict(provenance or {}))
+
+
+def relative_eps(mean: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the default eps for a layer's mean retain importance.
+
+    A layer that no retain token reaches has mean 0: any positive number keeps the ratio finite and flat.
+    """
+    return max(RELATIVE_EPS * mean, torch.finfo(dtype).tiny)
 
 
 def _eps(fisher: Tensor, mode: Mode, override: float | None) -> float:
     if override is not None:
         return override
-    if mode == "official":
-        return OFFICIAL_EPS
-    # A layer that no retain token reaches has mean 0: any positive number keeps the ratio finite and flat.
-    return max(RELATIVE_EPS * float(fisher.mean()), torch.finfo(torch.float32).tiny)
-
-
-class _Recorder:
-    """Hooks that form each layer's squared weight gradient during a backward pass, without weight gradients.
-
-    For an input x and an output gradient d, the weight gradient is d^T x. `consume(name, c * G^2)` is called for
-    every example (`per_example`) or every batch.
-    """
-
-    def __init__(self, layers: Layers, per_example: bool, consume: Callable[[str, Tensor], Any]) -> None:
-        self.layers = layers
-        self.per_example = per_example
-        self.consume = consume
-        self.handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.counts: list[int] = []
-        self.lengths: list[int] = []
-
-    def __enter__(self) -> _Recorder:
-        for name, layer in self.layers.items():
-            self.handles.append(layer.register_forward_hook(self._record(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _record(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:  # not in the first, gradient-free pass of a checkpointed block
-                recorded = inputs[0].detach()
-                output.register_hook(lambda gradient: self._consume(name, recorded, gradient))
-
-        return hook
-
-    def _consume(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        rows = len(self.lengths)
-        inputs = inputs.reshape(rows, -1, inputs.shape[-1]).float()
-        gradient = gradient.reshape(rows, -1, gradient.shape[-1]).float()
-        if self.per_example:
-            for row, (count, length) in enumerate(zip(self.counts, self.lengths, strict=True)):
-                square = (gradient[row, :length].T @ inputs[row, :length]).square_()
-                self.consume(name, square.mul_(count))
-        else:
-            square = torch.einsum("bto,bti->oi", gradient, inputs).square_()
-            self.consume(name, square.mul_(sum(self.counts)))
-
-    def backward(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
-        """Run one batch through the model and back. Returns its number of supervised tokens."""
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        counts = (labels != IGNORE).sum(1)
-        self.counts = counts.tolist()
-        self.lengths = batch["attention_mask"].sum(1).tolist()
-        logits = model(**batch, use_cache=False).logits[:, :-1]
-        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none").sum(1)
-        # Examples do not meet inside the model, so the gradient of the sum holds every example's own gradient.
-        total = (losses / counts.clamp(min=1)).sum() if self.per_example else losses.sum() / counts.sum().clamp(min=1)
-        total.backward()
-        return sum(self.counts)
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel, *, train: bool) -> Iterator[None]:
-    """Freeze every parameter and let gradients start at the embeddings; restore everything afterwards."""
-    was_training = model.training
-    was_trainable = [parameter.requires_grad for parameter in model.parameters()]
-
-    def start_gradient(_: nn.Module, __: object, output: Tensor) -> None:
-        output.requires_grad_(True)
-
-    handle = model.get_input_embeddings().register_forward_hook(start_gradient)
-    try:
-        model.train(train)
-        model.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
-        handle.remove()
-        for parameter, trainable in zip(model.parameters(), was_trainable, strict=True):
-            parameter.requires_grad_(trainable)
-        model.train(was_training)
+    return OFFICIAL_EPS if mode == "official" else relative_eps(float(fisher.mean()))

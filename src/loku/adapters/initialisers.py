@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loku.adapters.importance import Importance
+from loku.adapters.activations import ROWS, LayerActivations, forget_subspace
+from loku.adapters.factorise import released_svd, truncated_svd
+from loku.adapters.importance import Importance, LayerImportance
 from loku.adapters.layers import Layers, as_float32, weight
+from loku.adapters.variance import OFFICIAL_PASSES, SIGMA
 from loku.errors import InputError, suggestion
-
-EXACT_LIMIT = 2048  # the smaller side of a weight up to which the full SVD is affordable
-OVERSAMPLING = 16
-POWER_ITERATIONS = 4
 
 
 class Factors(NamedTuple):
@@ -33,49 +34,71 @@ class Factors(NamedTuple):
 def fila(
     W: Float[Tensor, "out in"],
     row_weights: Float[Tensor, " out"],
+    column_weights: Float[Tensor, " in"] | None = None,
     *,
     rank: int,
     scaling: float,
-    official: bool = False,
     seed: int = 0,
 ) -> Factors:
     """Start from the low-rank approximation of W that is best for the rows that carry the forget set (FILA).
 
-    Minimises sum_i w_i ||W_i - scaling * (B A)_i||^2 over rank-r products. With D = diag(sqrt(w)) and the truncated
-    SVD D W = U S V^T:
+    Minimises sum_ij w_i v_j (W - scaling * B A)_ij^2 over rank-r products, v = 1 without `column_weights`. With
+    D = diag(sqrt(w)), E = diag(sqrt(v)) and the truncated SVD D W E = U S V^T:
 
-        A0 = (S / scaling)^(1/2) V^T          B0 = D^-1 U (S / scaling)^(1/2) = W V (S * scaling)^(-1/2)
+        A0 = (S / scaling)^(1/2) V^T E^-1     = (S * scaling)^(-1/2) U^T D W
+        B0 = D^-1 U (S / scaling)^(1/2)       = W E V (S * scaling)^(-1/2)
 
-    The second form of B0 needs no inverse of w, so rows of (almost) no weight stay harmless. The row weights are
-    divided by their mean first: their scale would move size between A0 and B0 and so change the learning rate
-    without changing B0 A0. The SVD is exact up to 2048 on the smaller side, else randomised with 16 extra vectors and
-    4 power iterations from an own seed.
+    The second forms need no inverse of a weight, so rows and columns of (almost) no weight stay harmless. The weights
+    are divided by their mean first: their scale would move size between A0 and B0 and so change the learning rate
+    without changing B0 A0. Where no weight is positive all are 1, which is PiSSA.
 
-    `official` is the released recipe: no normalisation, torch.svd_lowrank with exactly r vectors and 2 iterations,
-    and D^-1 taken as 1 / (sqrt(w) + 1e-5).
+    With both weights this is the two-sided form: element weights R_ij are replaced by their best rank-one approximation
+    (row sum)_i (column sum)_j / (sum of all), best in the generalised Kullback-Leibler divergence, as the row weights
+    alone are the best that is constant along rows.
 
-    Source: LoKU (arXiv 2408.06621), FILA; `official` follows the authors' released code.
+    Source: LoKU (arXiv 2408.06621), FILA; the two-sided form is this project's.
     """
     W = as_float32(W)
-    w = row_weights.to(W)
-    if not official:
-        mean = w.mean()
-        # Without any importance at all every row counts the same, which is PiSSA.
-        w = w / mean if mean > 0 else torch.ones_like(w)
-    D = w.sqrt().unsqueeze(1)
+    D = _normalised(row_weights.to(W)).sqrt().unsqueeze(1)
     weighted = D * W
-    U, S, Vh = _official_svd(weighted, rank, seed) if official else truncated_svd(weighted, rank, seed=seed)
-    root = (S / scaling).sqrt()
-    A = root.unsqueeze(1) * Vh
-    if official:
-        B = U * root / (D + 1e-5)
-    else:
-        # Directions without energy (rank-deficient W) get a zero column instead of 0 / 0.
-        negligible = S.max() * torch.finfo(S.dtype).eps >= S
-        inverse = (S * scaling).rsqrt().masked_fill(negligible, 0.0)
+    E = None
+    if column_weights is not None:
+        E = _normalised(column_weights.to(W)).sqrt()
+        weighted = weighted * E
+    U, S, Vh = truncated_svd(weighted, rank, seed=seed)
+    # Directions without energy (rank-deficient W) get a zero column instead of 0 / 0.
+    negligible = S.max() * torch.finfo(S.dtype).eps >= S
+    inverse = (S * scaling).rsqrt().masked_fill(negligible, 0.0)
+    if E is None:
+        A = (S / scaling).sqrt().unsqueeze(1) * Vh
         B = (W @ Vh.T) * inverse
-    energy = float(S.square().sum() / weighted.square().sum().clamp(min=torch.finfo(S.dtype).tiny))
-    return Factors(A.contiguous(), B.contiguous(), min(energy, 1.0))
+    else:
+        A = inverse.unsqueeze(1) * (U.T @ (D * W))
+        B = (W @ (E.unsqueeze(1) * Vh.T)) * inverse
+    return Factors(A.contiguous(), B.contiguous(), _energy(S, weighted))
+
+
+def fila_official(
+    W: Float[Tensor, "out in"], row_weights: Float[Tensor, " out"], *, rank: int, scaling: float, seed: int = 0
+) -> Factors:
+    """Start as the released FILA does: weights as they are, a sketch of exactly r vectors, D^-1 = 1 / (sqrt(w) + 1e-5).
+
+    Source: the released code of LoKU (arXiv 2408.06621).
+    """
+    W = as_float32(W)
+    D = row_weights.to(W).sqrt().unsqueeze(1)
+    weighted = D * W
+    U, S, Vh = released_svd(weighted, rank, seed)
+    root = (S / scaling).sqrt()
+    return Factors((root.unsqueeze(1) * Vh).contiguous(), (U * root / (D + 1e-5)).contiguous(), _energy(S, weighted))
+
+
+def pissa(W: Float[Tensor, "out in"], *, rank: int, scaling: float, seed: int = 0) -> Factors:
+    """Start from the r largest singular triples of W: FILA with equal weights.
+
+    Source: Meng, Wang and Zhang, "PiSSA", 2024 (arXiv 2404.02948).
+    """
+    return fila(W, torch.ones(W.shape[0], device=W.device), rank=rank, scaling=scaling, seed=seed)
 
 
 def lora(W: Float[Tensor, "out in"], *, rank: int, seed: int = 0) -> Factors:
@@ -90,73 +113,174 @@ def lora(W: Float[Tensor, "out in"], *, rank: int, seed: int = 0) -> Factors:
     return Factors(A, torch.zeros(out_features, rank, device=W.device), 0.0)
 
 
-def truncated_svd(
-    matrix: Float[Tensor, "out in"],
-    rank: int,
+def reglu(
+    W: Float[Tensor, "out in"],
+    activations: LayerActivations,
     *,
+    rank: int,
+    scaling: float,
+    beta: float = 0.7,
     seed: int = 0,
-    method: Literal["auto", "exact", "randomised"] = "auto",
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
-    """Return the r largest singular triples U, S, V^T of a matrix.
+) -> Factors:
+    """Start in the output directions that the forget rows use most and the retain rows least (ReGLU).
 
-    `auto` is exact while the smaller side is at most 2048. The randomised form is subspace iteration with r + 16
-    vectors, 4 iterations and its own generator, so that a result depends on nothing but its seed.
+    With Q from `forget_subspace`: B0 = Q and A0 = Q^T W / scaling, so that scaling * B0 A0 = Q Q^T W under any scaling
+    (the released code leaves the scaling out). Where fewer than r directions hold more of the forget set than of the
+    retain set, the rest starts as plain LoRA.
 
-    Source: Halko, Martinsson and Tropp, "Finding structure with randomness", 2011 (algorithms 4.4 and 5.1).
+    Source: ReGLU (Xiao et al. 2026, arXiv 2604.17396); beta 0.7 on TOFU, 0.5 on WMDP.
     """
-    if method == "auto":
-        method = "exact" if min(matrix.shape) <= EXACT_LIMIT else "randomised"
-    if method == "exact":
-        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
-    columns = min(rank + OVERSAMPLING, *matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(matrix.shape[1], columns, generator=generator).to(matrix)
-    Q, _ = torch.linalg.qr(matrix @ sketch)
-    for _ in range(POWER_ITERATIONS):
-        Q, _ = torch.linalg.qr(matrix.T @ Q)
-        Q, _ = torch.linalg.qr(matrix @ Q)
-    U, S, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
-    return (Q @ U)[:, :rank], S[:rank], Vh[:rank]
+    W = as_float32(W)
+    Q = forget_subspace(activations, rank, beta=beta).to(W)
+    A, B, _ = lora(W, rank=rank, seed=seed)
+    found, projected = Q.shape[1], Q.T @ W
+    A[:found], B[:, :found] = projected / scaling, Q
+    return Factors(A, B, _energy(projected.flatten(), W))
 
 
-def _official_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
-        torch.manual_seed(seed)
-        U, S, V = torch.svd_lowrank(matrix, q=rank, niter=2)
-    return U, S, V.T
+def _normalised(weights: Tensor) -> Tensor:
+    mean = weights.mean(dtype=torch.float64)
+    return (weights / mean).to(weights.dtype) if mean > 0 else torch.ones_like(weights)
 
 
-INITIALISERS = ("fila", "fila-official", "lora")
+def _energy(S: Tensor, whole: Tensor) -> float:
+    return min(float(S.square().sum() / whole.square().sum().clamp(min=torch.finfo(S.dtype).tiny)), 1.0)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What an initialiser may look at for one layer. What it did not ask for is None."""
+
+    W: Float[Tensor, "out in"]
+    rank: int
+    scaling: float
+    seed: int
+    importance: LayerImportance | None
+    activations: LayerActivations | None
+    options: Mapping[str, Any]
+
+    def common(self) -> dict[str, Any]:
+        """Return the arguments that most initialisers share."""
+        return {"rank": self.rank, "scaling": self.scaling, "seed": self.seed}
+
+    @property
+    def measured(self) -> LayerImportance:
+        """The importance, of an initialiser that needs it."""
+        assert self.importance is not None
+        return self.importance
+
+
+class Number(NamedTuple):
+    """An option of an initialiser: its default, and the range that it may lie in."""
+
+    default: float
+    least: float
+    most: float = math.inf
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """A way to choose (A0, B0), what it needs to have measured, and its own options.
+
+    `needs`: "fisher" (`estimate_importance`), "variance" (`estimate_variance`), "activations" (`pooled_outputs`) or
+    None. With `official` they are measured as released.
+    """
+
+    choose: Callable[[Situation], Factors]
+    needs: Literal["fisher", "variance", "activations"] | None = None
+    official: bool = False
+    options: Mapping[str, Number] = field(default_factory=dict)
+
+    def values(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return every option's value. Raises InputError for options that do not exist or lie out of range."""
+        for name, value in (given or {}).items():
+            if name not in self.options:
+                remedy = suggestion(name, self.options) if self.options else "It has none."
+                raise InputError(f"The initialiser has no option '{name}'.", remedy)
+            _, least, most = self.options[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+                limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+                raise InputError(f"The initialiser's option '{name}' is {value!r}.", f"Give a number {limits}.")
+        kinds = {name: type(option.default) for name, option in self.options.items()}
+        return {name: kinds[name]((given or {}).get(name, option.default)) for name, option in self.options.items()}
+
+
+INITIALISERS: dict[str, Initialiser] = {
+    "fila": Initialiser(lambda at: fila(at.W, at.measured.relative, **at.common()), "fisher"),
+    "fila-official": Initialiser(lambda at: fila_official(at.W, at.measured.relative, **at.common()), "fisher", True),
+    "fila-two-sided": Initialiser(
+        lambda at: fila(at.W, at.measured.relative, at.measured.columns, **at.common()), "fisher"
+    ),
+    "vila": Initialiser(
+        lambda at: fila(at.W, at.measured.relative, **at.common()), "variance", options={"sigma": Number(SIGMA, 1e-8)}
+    ),
+    "vila-official": Initialiser(
+        lambda at: fila_official(at.W, at.measured.relative, **at.common()),
+        "variance",
+        True,
+        {"sigma": Number(SIGMA, 1e-8), "passes": Number(OFFICIAL_PASSES, 1)},
+    ),
+    "reglu": Initialiser(
+        lambda at: reglu(at.W, _activations(at), beta=at.options["beta"], **at.common()),
+        "activations",
+        options={"beta": Number(0.7, 0, 1), "rows": Number(ROWS, 1)},
+    ),
+    "pissa": Initialiser(lambda at: pissa(at.W, **at.common())),
+    "lora": Initialiser(lambda at: lora(at.W, rank=at.rank, seed=at.seed)),
+}
+
+
+def _activations(at: Situation) -> LayerActivations:
+    assert at.activations is not None
+    return at.activations
+
+
+def initialiser_of(init: str | Initialiser) -> Initialiser:
+    """Return the initialiser of that name. Raises InputError for names that do not exist."""
+    if isinstance(init, Initialiser):
+        return init
+    if init not in INITIALISERS:
+        raise InputError(f"--init '{init}' is not an initialiser.", suggestion(init, INITIALISERS))
+    return INITIALISERS[init]
 
 
 def initial_factors(
     layers: Layers,
-    init: str,
+    init: str | Initialiser,
     *,
     rank: int,
     scaling: float,
     importance: Importance | None = None,
+    activations: Mapping[str, LayerActivations] | None = None,
+    options: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Factors]:
-    """Choose (A0, B0) for every layer by the named initialiser. FILA needs the importance of every layer.
+    """Choose (A0, B0) for every layer by an initialiser, given by name or as one of your own.
 
-    Each layer has its own seed, so that one layer's factors do not depend on which others are adapted.
+    `importance` or `activations` must hold every layer where the initialiser needs them. Each layer has its own seed,
+    so that one layer's factors do not depend on which others are adapted.
     """
-    if init not in INITIALISERS:
-        raise InputError(f"--init '{init}' is not an initialiser.", suggestion(init, INITIALISERS))
+    initialiser = initialiser_of(init)
+    values = initialiser.values(options)
     factors = {}
     for name, layer in layers.items():
-        layer_seed = zlib.crc32(f"{seed}:{name}".encode())
-        if init == "lora":
-            factors[name] = lora(weight(layer), rank=rank, seed=layer_seed)
-            continue
-        if importance is None or name not in importance.layers:
-            raise InputError(
-                f"The initialiser '{init}' has no importance for the layer '{name}'.",
-                "Estimate it for the same layers first (`loku importance` with the same --targets).",
+        at = Situation(
+            weight(layer),
+            rank,
+            scaling,
+            zlib.crc32(f"{seed}:{name}".encode()),
+            importance.layers.get(name) if importance is not None else None,
+            activations.get(name) if activations is not None else None,
+            values,
+        )
+        missing = at.activations if initialiser.needs == "activations" else at.importance
+        if initialiser.needs is not None and missing is None:
+            what = "activations" if initialiser.needs == "activations" else "importance"
+            remedy = (
+                "Collect them for the same layers first (`pooled_outputs`)."
+                if what == "activations"
+                else "Estimate it for the same layers first (`loku importance` with the same --targets)."
             )
-        rows = importance.layers[name].relative.to(layer.weight.device)
-        official = init == "fila-official"
-        factors[name] = fila(weight(layer), rows, rank=rank, scaling=scaling, official=official, seed=layer_seed)
+            raise InputError(f"The initialiser '{init}' has no {what} for the layer '{name}'.", remedy)
+        factors[name] = initialiser.choose(at)
     return factors

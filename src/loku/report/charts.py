@@ -149,8 +149,11 @@ def place_of(layer: str) -> Place | None:
     return Place(int(match.group(1)), match.group(2)) if match else None
 
 
-def importance(layers: Sequence[Mapping[str, Any]], name: str) -> Chart | None:
-    """Draw the ratio of mean forget to mean retain importance, block by projection; None with nothing to draw."""
+def importance(layers: Sequence[Mapping[str, Any]], name: str, activations: bool = False) -> Chart | None:
+    """Draw the ratio of mean forget to mean retain importance, block by projection; None with nothing to draw.
+
+    With `activations` the two are shares of the rows' activation energy in the chosen directions.
+    """
     cells = []
     for layer in layers:
         place, forget, retain = (
@@ -198,11 +201,17 @@ def importance(layers: Sequence[Mapping[str, Any]], name: str) -> Chart | None:
     chart = chart.properties(width=WIDTH, height=height * len(blocks))
     top, bottom = max(cells, key=lambda cell: cell[1]), min(cells, key=lambda cell: cell[1])
     caption = (
-        "Mean importance for the forget set over mean importance for the retain set; the stronger the colour, the more "
+        f"{_what(activations)}; the stronger the colour, the more "
         f"a layer matters for what had to go. Highest in {_where(top[0])} ({figure(top[1], 2)}), lowest in "
         f"{_where(bottom[0])} ({figure(bottom[1], 2)})."
     )
     return Chart(render(chart.to_dict(), name, "Relative importance by block and projection", caption), caption)
+
+
+def _what(activations: bool) -> str:
+    if activations:
+        return "Share of the forget rows' activations in the chosen directions over that of the retain rows"
+    return "Mean importance for the forget set over mean importance for the retain set"
 
 
 def _where(place: Place) -> str:

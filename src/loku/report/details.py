@@ -8,7 +8,7 @@ from typing import Any
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.numerals import count, duration, memory, percent
 
-PHASES = ("importance", "initialisation", "training", "evaluation")
+PHASES = ("importance", "activations", "initialisation", "training", "evaluation")
 
 DATA_COUNTS = {
     "rows": "Rows",
@@ -24,6 +24,7 @@ IMPORTANCE = {
     "retain": "Mean F retain",
     "ratio": "Ratio",
     "relative_max": "Largest / mean row",
+    "directions": "Directions found",
     "share_below_eps": "Retain entries below ε",
     "rank_correlation_forget_only": "Rank corr. with forget-only",
     "energy_captured": "Energy captured",
@@ -74,6 +75,17 @@ def data_counts(run: Mapping[str, Any] | None, results: Mapping[str, Mapping[str
     if not rows and not evaluated:
         return None
     return {"columns": [DATA_COUNTS[name] for name in columns], "rows": rows, "evaluated": evaluated}
+
+
+def layer_figures(run: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Return what run.json says of each layer: what the initialiser saw of it, and where its adapter starts."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in ("importance", "initialisation"):
+        layers = at(run, part, "layers")
+        for layer in layers if isinstance(layers, list) else []:
+            if isinstance(layer, Mapping):
+                found.setdefault(str(layer.get("name")), {}).update(layer)
+    return list(found.values())
 
 
 def importance_rows(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from loku.files import check_output_file, write_text
 from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, read_folders, section
 from loku.report.compare import comparison
-from loku.report.details import costs, data_counts, importance_rows, provenance
+from loku.report.details import costs, data_counts, importance_rows, layer_figures, provenance
 from loku.report.examples import example_sets
 from loku.report.figures import all_figures, glance, key_figures, metric_info
 from loku.report.numerals import count, duration, figure, memory, moment, percent
@@ -82,8 +82,8 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
     model = at(run, "model", "name") or at(results.get("unlearned"), "model", "name")
     texts = example_sets(folder.examples, results)
     curves = charts.curve_charts(folder.curves)
-    layers = at(run, "importance", "layers")
-    layers = [layer for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
+    layers = layer_figures(run)
+    mode = at(run, "importance", "mode")
     what = "Unlearning" if run is not None else "Evaluation of"
     return {
         "title": f"{what} {forget or model or folder.name}" + (f" in {model}" if forget and model else ""),
@@ -104,8 +104,9 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "example_sets": texts,
         "truth": charts.truth_chart(results, "truth-chart", labels),
         "curves": curves,
-        "importance": charts.importance(layers, "importance-chart") if layers else None,
-        "importance_mode": at(run, "importance", "mode"),
+        "importance": charts.importance(layers, "importance-chart", mode == "activations") if layers else None,
+        "importance_mode": mode,
+        "initialiser": at(run, "initialisation", "initialiser") or at(run, "method", "initialiser"),
         "importance_rows": importance_rows(layers),
         "costs": costs(run),
         "data": data_counts(run, results),
