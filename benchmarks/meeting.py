@@ -27,7 +27,8 @@ from loku.adapters.initialisers import initial_factors
 from loku.adapters.layers import target_layers
 from loku.config import UnlearnOptions
 from loku.data.encoding import IGNORE, Example
-from loku.trainer import UnlearnTrainer, training_arguments
+from loku.guarded_trainer import training_arguments
+from loku.trainer import UnlearnTrainer
 
 WAYS = ("sum", "primal-dual", "pcgrad", "gru")
 VOCAB = 16_000

@@ -69,7 +69,55 @@ def meeting() -> str:
     return table(["trained", "combine", "time over sum", "memory over sum", "peak"], rows)
 
 
-BLOCKS = {"head": head, "meeting": meeting}
+def importance() -> str:
+    """Fisher importance against a plain forward and backward, and against the released way."""
+    (r,) = read("importance")["results"]
+    peak, times = r["peak_megabytes"], r["seconds"]
+    rows = []
+    for name, over in (
+        ("plain, in order", None),
+        ("plain, sorted", None),
+        ("loku", r["over_plain"]["plain, sorted"]),
+        ("loku, grouped", None),
+        ("released", None),
+    ):
+        ratio = spread(over) if over else f"{times[name]['median'] / times['plain, sorted']['median']:.2f}"
+        rows.append([name, spread(times[name], 1), ratio, f"{peak[name]:.0f} MB"])
+    return table(["way", "seconds", "time over plain, sorted", "peak"], rows)
+
+
+def factorisation() -> str:
+    """Block Krylov against the released sketch."""
+    rows = [
+        [
+            f"{r['rows']:,} x {r['columns']:,}",
+            r["spectrum"],
+            f"{r['captured']['released']:.4f}",
+            f"{r['captured']['loku']:.4f}",
+            spread(r["time_over_released"]),
+            f"{r['seconds']['loku']['median']:.2f} s",
+        ]
+        for r in read("factorisation")["results"]
+    ]
+    return table(["matrix", "spectrum", "captured, released", "captured, loku", "time over released", "time"], rows)
+
+
+def models() -> str:
+    """The time to factorise every layer of a model."""
+    rows = [
+        [name, str(r["layers"]), f"{r['seconds']['released']:.0f} s", f"{r['seconds']['loku']:.0f} s"]
+        for name, r in read("factorisation")["models"].items()
+    ]
+    return table(["model", "layers", "released", "loku"], rows)
+
+
+BLOCKS = {
+    "head": head,
+    "meeting": meeting,
+    "importance": importance,
+    "factorisation": factorisation,
+    "models": models,
+}
 
 
 def filled(text: str) -> str:

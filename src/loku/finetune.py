@@ -25,10 +25,10 @@ from loku.data.encoding import EncodedSet, Encoder, Example
 from loku.data.prompts import resolve_template, save_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
+from loku.guarded_trainer import GuardedTrainer, TrainingProgress, check_finite, steps_per_epoch, training_arguments
 from loku.models import check_fits, is_causal, load_config, load_model, load_tokenizer, pick_device, weights_sha256
 from loku.progress import console, progress
 from loku.runs import MetricsLog, RunFolder, check_tracker, peak_memory_bytes
-from loku.trainer import GuardedTrainer, TrainingProgress, check_finite, steps_per_epoch, training_arguments
 
 
 def finetune(options: FinetuneOptions) -> Path:

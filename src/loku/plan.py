@@ -12,10 +12,10 @@ from loku.adapters.initialisers import Factors, initialiser_of
 from loku.adapters.layers import target_layers
 from loku.config import UnlearnOptions
 from loku.evidence import Evidence
+from loku.guarded_trainer import steps_per_epoch
 from loku.job import Job
 from loku.progress import console
 from loku.runs import RunFolder
-from loku.trainer import steps_per_epoch
 
 
 def print_plan(job: Job, run: RunFolder, options: UnlearnOptions) -> None:

@@ -21,6 +21,7 @@ from loku.errors import LokuError
 from loku.evidence import Subspaces, check_importance_file, gather, retain_subspaces
 from loku.files import sha256_file, sha256_json
 from loku.forward import Forward, decoder_layers
+from loku.guarded_trainer import TrainingProgress, check_finite, steps_per_epoch, training_arguments
 from loku.job import Job, UnlearnResult
 from loku.losses.table import FORGET_LOSSES
 from loku.models import load_model, weights_sha256
@@ -28,7 +29,7 @@ from loku.plan import describe_data, describe_importance, describe_initialisatio
 from loku.progress import progress
 from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
 from loku.target_values import TargetValues, read_logprobs, write_logprobs
-from loku.trainer import TrainingProgress, UnlearnTrainer, check_finite, steps_per_epoch, training_arguments
+from loku.trainer import UnlearnTrainer
 
 
 def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:

@@ -333,7 +333,7 @@ def test_an_initialiser_of_ones_own():
         ("fila", {"beta": 0.5}, r"has no option 'beta'\.\nIt has none\."),
         ("reglu", {"betta": 0.5}, r"has no option 'betta'\.\nDid you mean 'beta'\?"),
         ("reglu", {"beta": 1.5}, r"option 'beta' is 1\.5\.\nGive a number from 0 to 1\."),
-        ("vila", {"sigma": "x"}, r"option 'sigma' is 'x'\.\nGive a number at least 1e-08\."),
+        ("vila-official", {"sigma": "x"}, r"option 'sigma' is 'x'\.\nGive a number at least 1e-08\."),
         ("vila-official", {"passes": 0}, r"option 'passes' is 0\.\nGive a number at least 1\."),
     ],
 )

@@ -211,9 +211,7 @@ INITIALISERS: dict[str, Initialiser] = {
     "fila-two-sided": Initialiser(
         lambda at: fila(at.W, at.measured.relative, at.measured.columns, **at.common()), "fisher"
     ),
-    "vila": Initialiser(
-        lambda at: fila(at.W, at.measured.relative, **at.common()), "variance", options={"sigma": Number(SIGMA, 1e-8)}
-    ),
+    "vila": Initialiser(lambda at: fila(at.W, at.measured.relative, **at.common()), "variance"),
     "vila-official": Initialiser(
         lambda at: fila_official(at.W, at.measured.relative, **at.common()),
         "variance",

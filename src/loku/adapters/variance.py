@@ -69,7 +69,8 @@ def estimate_variance(
 
     so no gradient of a whole weight is needed: g_B = s G^T (X A^T) and g_A = s (G B)^T X for a layer's inputs X, output
     gradient G and LoRA scaling s. Default: one gradient per example of the target model itself, one pass, eps = 0.01
-    of the layer's mean F_W(retain); B A is not added to the weights, as the anchor cancels a start elsewhere.
+    of the layer's mean F_W(retain); B A is not added to the weights, as the anchor cancels a start elsewhere. R then
+    does not depend on `sigma`: the factors' scale cancels.
     `official` is the released recipe: the model carries s B A while it is measured, gradients are batch means over 10
     passes (`passes`) with retain partners drawn anew, F is divided by the token count twice, eps = 1e-5.
 
