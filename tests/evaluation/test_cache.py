@@ -76,7 +76,7 @@ def test_another_model_or_other_rows_find_nothing(tmp_path):
     model = tiny_model()
     whole, _ = passes(model, lambda: cached(tmp_path, model))
     assert passes(model, lambda: cached(tmp_path, model, key="b"))[0] == whole
-    other = [Example(e.index, e.input_ids, [*e.labels[:-1], IGNORE], 3, 3) for e in EXAMPLES]
+    other = [Example(e.index, e.input_ids, [IGNORE] * 4 + e.labels[4:], 4, 4) for e in EXAMPLES]
     assert passes(model, lambda: cached(tmp_path, model, examples=other))[0] == whole
 
 

@@ -19,6 +19,7 @@ from loku.evaluation.generation import BATCH_ROWS, Generation, generate, known_s
 from loku.evaluation.membership import min_k, min_k_plus_plus, zlib_score
 from loku.evaluation.metrics import Interval
 from loku.evaluation.modes import end_ids
+from loku.evaluation.passes import Reading, reading_of
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import SetResults
 from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, score
@@ -174,6 +175,7 @@ def measure(
 ) -> dict[str, list[Measured]]:
     """Measure the rows of several sets together, so that batches are full whatever the sets' sizes.
 
+    `progress` is told, too, when a model does not take the fast way, and why: the numbers are the same, only later.
     Raises InputError before any work for rows that `check_measurable` refuses.
     """
     work, measured = _plan(model, tokenizer, encoder, sets)
@@ -187,13 +189,16 @@ def measure(
         if progress is not None:
             progress(done, total, note)
 
+    reading = reading_of(model) if work.examples else Reading()
+    note = "scoring" if reading.reason is None else f"scoring, the plain way: {reading.reason}"
     scores = score(
         model,
         work.examples,
         pad_id=pad_id,
         eos_ids=end_ids(model, tokenizer),
         batch_tokens=effort.batch_tokens,
-        progress=lambda count: advance(count, "scoring"),
+        progress=lambda count: advance(count, note),
+        reading=reading,
         cache=effort.cache,
     )
     for place, result in zip(work.scored, scores, strict=True):

@@ -56,8 +56,9 @@ def tree_statistics(
 ) -> list[Statistics]:
     """Run one forward pass over trees of examples and return the statistics of their members, tree by tree.
 
-    `examples` is what the trees' members count in. A label that several members share (same node, same token) is
-    looked up once, and a node's distribution is computed once, however many labels follow it.
+    `examples` is what the trees' members count in; a tree need not reach beyond the last token that predicts. A label
+    that several members share (same node, same token) is looked up once, and a node's distribution is computed once,
+    however many labels follow it.
     """
     parameter = next(model.parameters())
     dtype = parameter.dtype if head is None else head.module.weight.dtype

@@ -19,6 +19,7 @@ from loku.evaluation.sharing import gathered, own_share
 from loku.evaluation.token_tree import Tree, grow_trees
 
 BATCH_TOKENS = 8192  # padded tokens per forward pass
+BATCH_TOKENS_CPU = 2048  # and at most so many on CPU, where larger batches are slower: their states leave the cache
 END_TOKENS = 2  # an end of sequence is searched among this many last tokens: some chat templates put a newline after it
 
 
@@ -73,9 +74,9 @@ def score(
     """Score examples under a model and return the scores in the examples' order.
 
     Sequences that begin alike are merged into token trees (`token_tree`), rows are sorted by length and batched up to
-    `batch_tokens` padded tokens, and logits are made at supervised positions only, a block at a time. How depends on
-    what the model allows (`reading_of`, by default asked here); the scores do not, but for rounding. The model is in
-    eval mode meanwhile and back in its own mode afterwards.
+    `batch_tokens` padded tokens (on CPU 2048 at most), and logits are made at supervised positions only, a block at a
+    time. How depends on what the model allows (`reading_of`, by default asked here); the scores do not, but for
+    rounding. The model is in eval mode meanwhile and back in its own mode afterwards.
 
     Batches that `cache` holds are not computed again. Where torch.distributed is initialised, the processes share the
     batches and all of them return all scores. `progress` is told how many examples each batch finished. Raises
@@ -89,7 +90,9 @@ def score(
             )
     if reading is None:
         reading = reading_of(model) if examples else Reading()
-    trees = grow_trees([example.input_ids for example in examples], reading.trees)
+    if next(model.parameters()).device.type == "cpu":
+        batch_tokens = min(batch_tokens, BATCH_TOKENS_CPU)
+    trees = grow_trees([predicting_ids(example) for example in examples], reading.trees)
     found: dict[int, Statistics] = {}
     with torch.no_grad(), evaluating(model):
         for batch in own_share(_tree_batches(trees, batch_tokens)):
@@ -108,6 +111,12 @@ def score(
     if progress is not None and len(found) > own:
         progress(len(found) - own)
     return [_score(example, found[place], eos_ids) for place, example in enumerate(examples)]
+
+
+def predicting_ids(example: Example) -> list[int]:
+    """Return the ids that have to be read: those before the last supervised one, which is only predicted."""
+    last = max(place for place, label in enumerate(example.labels) if label != IGNORE)
+    return example.input_ids[:last]
 
 
 def _tree_batches(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
