@@ -130,7 +130,7 @@ def cell(values: list[float | None]) -> str:
     if not known:
         return "-"
     if max(known) < 0.01 and min(known) > 0:
-        return f"{min(known):.0e} to {max(known):.0e}"
+        return f"{min(known):.0e}" + (f" to {max(known):.0e}" if len(known) > 1 else "")
     return f"{mean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")
 
 
@@ -149,11 +149,13 @@ def page() -> str:
     kept = read_json(RESULTS)
     seeds = [entry["seed"] for entry in kept["demo"]]
     times = sorted(entry["seconds"] for entry in kept["demo"])
+    loads = [entry["load"] for entry in kept["demo"]]
     lines = [
         *HEADER,
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; {times[0]:.0f} to {times[-1]:.0f} s",
-        f"a seed on {kept['hardware']['cores']} cores. Learning rates were chosen on seeds 10 and 11, by one grid for",
-        "all methods (see [decisions](decisions.md)).",
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}. A seed took {times[0]:.0f} to",
+        f"{times[-1]:.0f} s on {kept['hardware']['cores']} cores (load average {min(loads):.1f} to {max(loads):.1f}).",
+        "Learning rates were chosen on seeds 10 and 11, by one grid for all methods: see [decisions](decisions.md).",
         "",
         *table(kept["demo"], ORDER),
         "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,15 @@ def test_the_losses_page_agrees_with_the_code(kind):
         source = re.search(r"arXiv\s+(\d{4}\.\d{5})", loss.function.__doc__)
         line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         assert source is None or source[1] in line or name == "dpo"
+
+
+def test_the_tables_of_the_performance_page_say_what_the_json_says():
+    command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+
+
+def test_the_results_page_says_what_the_json_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import small_scale
+
+    assert (ROOT / "docs" / "results.md").read_text() == small_scale.page()

@@ -146,3 +146,23 @@ def test_a_finished_run_is_left_alone(capsys, tmp_path, model_folder, forget_fil
     assert status == 0
     assert "is finished: nothing to do." in out
     assert (tmp_path / "target" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"),
+    [
+        ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "The settings of --new-model make no"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "The settings of --new-model make no llama"),
+        ({"model_type": "t5"}, "t5"),
+        ({"model_type": "lama"}, "model_type 'lama' is not known to transformers."),
+    ],
+)
+def test_settings_that_make_no_model_are_refused(capsys, tmp_path, forget_file, settings, given):
+    file = tmp_path / "model.json"
+    file.write_text(json.dumps({"num_hidden_layers": 1, "intermediate_size": 16} | settings))
+    status, _, err = run(
+        capsys, "finetune", "--new-model", file, "--data", forget_file, "--output", tmp_path / "target", *FAST
+    )
+    assert status == 2
+    assert given in err
+    assert not (tmp_path / "target").exists()

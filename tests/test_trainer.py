@@ -230,10 +230,11 @@ def test_a_bound_and_its_use_belong_together(tmp_path):
         trainer(tmp_path, combine="pcgard")
 
 
-@pytest.mark.parametrize("combine", ["sum", "gru"])
+@pytest.mark.parametrize("combine", ["sum", "gru", "primal-dual"])
 def test_two_processes_give_the_trajectory_of_one(tmp_path, combine):
     options = {"batch_size": 4, "epochs": 3.0, "learning_rate": 3e-3, "save_steps": -1}
-    trainer(tmp_path / "one", options=options, forget_loss="grad_ascent", combine=combine).train()
+    bound = 5.5 if combine == "primal-dual" else None
+    trainer(tmp_path / "one", options=options, forget_loss="grad_ascent", combine=combine, retain_bound=bound).train()
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", str(Path(__file__).parent / "train_in_processes.py")]
     outcome = subprocess.run(
@@ -384,3 +385,8 @@ def test_a_full_model_trains_without_adapters(tmp_path):
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     trainer(tmp_path, model, options={"epochs": 1.0, "learning_rate": 1e-3}).train()
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_second_gpu_is_refused_with_the_way_to_use_it(tmp_path):
+    with pytest.raises(InputError, match=r"--device cuda:1 cannot be trained on.*\nMake it the first: CUDA_VISIBLE_DE"):
+        training_arguments(tmp_path, 1, **UnlearnOptions().as_dict() | {"device": "cuda:1"})

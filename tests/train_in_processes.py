@@ -16,6 +16,7 @@ if __name__ == "__main__":
     folder, combine = Path(sys.argv[1]), sys.argv[2]
     folder.mkdir(parents=True, exist_ok=True)
     options = {"batch_size": 2, "epochs": 3.0, "learning_rate": 3e-3, "save_steps": -1}
-    trainer(folder, options=options, forget_loss="grad_ascent", combine=combine).train()
+    bound = 5.5 if combine == "primal-dual" else None
+    trainer(folder, options=options, forget_loss="grad_ascent", combine=combine, retain_bound=bound).train()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loku.config import DemoOptions
 from loku.data.fiction import Fiction, make_fiction, mix_replay
-from loku.demo_steps import METHODS, Step, run_step, start_worker
+from loku.demo_workers import Step, Workers
 from loku.errors import InputError, LokuError
-from loku.evaluation.results import Results, read_results
 from loku.files import check_output_folder, write_json, write_text
-from loku.progress import Board, console
-from loku.report.html import write_report
+from loku.progress import console
 
+if TYPE_CHECKING:
+    from loku.evaluation.results import Results
+
+METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
+STEPS, REPORT = "loku.demo_steps", "loku.report.html"
 MARKER = "demo.json"
-WORKERS = 2
 WORLD_SHARE = 0.12  # of the retain rows of unlearning
 MEMORISED = 0.95  # share of forget answers that the target must give, or there is nothing to unlearn
 
@@ -41,11 +40,16 @@ def demo(options: DemoOptions) -> Path:
         f"[bold]loku demo[/bold] (seed {options.seed}): {len(fiction.full)} facts about people who do not exist; "
         f"{len(fiction.forget)} of them must go"
     )
-    with Workers(options.seed) as workers:
-        workers.run([Step("pretrain", folder, options.seed)])
+    with Workers(STEPS) as workers:
+        # What the report needs is imported while the first step occupies one core; the trainings need both.
+        workers.run([Step("pretrain", folder, options.seed)], meanwhile=lambda: importlib.import_module(REPORT))
+        from loku.evaluation.results import read_results
+        from loku.report.html import write_report
+
         workers.run([Step("target", folder, options.seed), Step("retain-only", folder, options.seed)])
         check_memorised(read_results(folder / "target" / "results.json"), options.seed)
-        workers.run([Step(f"unlearn {name}", folder, options.seed) for name in METHODS])
+        # The longest first, so that both cores end together.
+        workers.run([Step(f"unlearn {name}", folder, options.seed) for name in reversed(METHODS)])
     runs = [folder / "runs" / name for name in METHODS]
     report = write_report(runs, folder / "report.html", title="Five methods on the fictitious corpus")
     print_outcome(folder, runs)
@@ -93,6 +97,8 @@ def print_outcome(folder: Path, runs: Sequence[Path]) -> None:
     """Print the table: target above, the methods, retain-only below, with verdicts."""
     from rich.table import Table
 
+    from loku.evaluation.results import read_results
+
     columns = {
         "forget\nacc.": ("forget", "exact_match"),
         "forget\nprob.": ("forget", "probability"),
@@ -116,43 +122,3 @@ def print_outcome(folder: Path, runs: Sequence[Path]) -> None:
         )
     console.print(table)
     console.print("Zero is not the goal: the nearer to the retain-only row in every column, the better.")
-
-
-@dataclass
-class Workers:
-    """Two processes of one thread each, and one board of progress for both."""
-
-    seed: int
-
-    def __enter__(self) -> Workers:
-        # A fork server imports the libraries once and forks clean workers: no import time in each of them.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["loku.demo_steps"])
-        os.environ["OMP_NUM_THREADS"] = "1"
-        self._queue = context.Queue()
-        self._pool = ProcessPoolExecutor(WORKERS, mp_context=context, initializer=start_worker, initargs=(self._queue,))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def run(self, steps: Sequence[Step]) -> None:
-        """Run steps side by side, showing their progress. The first error stops the rest."""
-        with Board() as board:
-            futures = [self._pool.submit(run_step, step) for step in steps]
-            while not all(future.done() for future in futures):
-                wait(futures, timeout=0.1)
-                self._drain(board)
-                _raise_first(futures)
-            self._drain(board)
-            _raise_first(futures)
-
-    def _drain(self, board: Board) -> None:
-        while not self._queue.empty():
-            board.update(*self._queue.get())
-
-
-def _raise_first(futures: Sequence[Future[Any]]) -> None:
-    for future in futures:
-        if future.done():
-            future.result()

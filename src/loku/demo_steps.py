@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from loku.data.encoding import Encoder
 from loku.data.fiction import REPLAY_SHARE, fiction_model_config, fiction_tokenizer, mix_replay
 from loku.data.prompts import TagTemplate, save_template
 from loku.data.sources import RecordSet, load_records
+from loku.demo_workers import Step
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
@@ -28,7 +28,6 @@ from loku.quiet import quiet_libraries
 from loku.runs import RunFolder
 from loku.training import run_job
 
-METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
 EVAL_ROWS = 96
 
 BATCH = 32
@@ -37,15 +36,6 @@ FINETUNING = {"max_steps": 260, "learning_rate": 4e-3}  # the same steps for tar
 UNLEARNING = {"max_steps": 100, "batch_size": 8, "grad_accum": 1, "warmup_steps": 5, "rank": 8, "learning_rate": 1e-3}
 LEARNING_RATES = {"loku": 5e-4}  # FILA starts from large factors: the same rate moves them further
 TEMPLATE = TagTemplate()
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the demo, by name, in the demo's folder."""
-
-    name: str
-    folder: Path
-    seed: int
 
 
 def start_worker(queue: Any) -> None:

@@ -101,8 +101,8 @@ def prepare(
     if retain is None and options.retain_weight:
         raise InputError(
             "--retain is missing.",
-            "Give rows that must stay, or `--retain self` to sample them from the model itself, or `--retain-weight 0` "
-            "to do without (the model then forgets how to speak).",
+            "Give rows that must stay, or `--retain self` to sample them from the model itself, or "
+            "`--retain-weight 0 --init lora` to do without (the model then forgets how to speak).",
         )
     if retain is None and options.tune == "lora" and options.init.startswith("fila"):
         raise InputError(

@@ -225,7 +225,9 @@ def _level(job: Job, run: RunFolder, options: UnlearnOptions) -> list[Tensor] | 
             trust_remote_code=options.trust_remote_code,
         )
 
-    provenance = {"model": options.level_model, **_token_provenance(job, options)}
+    files = sorted(Path(options.level_model).glob("*.safetensors"))  # none for a hub id
+    weights = {file.name: sha256_file(file) for file in files}
+    provenance = {"model": options.level_model, "weights": weights, **_token_provenance(job, options)}
     return _cached(run.path / "level.safetensors", provenance, load, job, options)
 
 

@@ -42,9 +42,11 @@ def quietly(verb: Callable[[Options], None]) -> Callable[[Options], None]:
 
 def methods(_: None = None) -> None:
     """List every method: family, needs, cost, when to use it."""
-    table = Table("method", "family", "needs", "cost", "when", "source", box=None, pad_edge=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
     for name, method in METHODS.items():
-        table.add_row(name, method.family, method.needs, method.cost, method.when, method.source)
+        table.add_row(f"[bold]{name}[/bold]", "", f"{method.family} ({method.source})")
+        for label in ("when", "needs", "cost"):
+            table.add_row("", label, getattr(method, label))
     console.print(table)
 
 

@@ -1,0 +1,95 @@
+"""Writes the tables of docs/performance.md from the committed JSON.
+
+    python benchmarks/tables.py            rewrites the marked blocks
+    python benchmarks/tables.py --check    fails when a block does not say what the JSON says
+
+A block stands between `<!-- name -->` and `<!-- end -->`; the function of that name here makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def read(name: str) -> dict[str, Any]:
+    """Return a committed result."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(found: dict[str, float], digits: int = 2) -> str:
+    """Return a median with its extremes."""
+    return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
+
+
+def head() -> str:
+    """The fused head against the released formulation, plain autograd and the two products nobody can avoid."""
+    rows = [
+        [
+            f"{r['shape']} ({r['vocab']:,} x {r['hidden']:,})",
+            r["dtype"],
+            spread(r["speedup"]["released"], 1),
+            spread(r["speedup"]["plain"]),
+            spread(r["over_limit"]["limit"]),
+            f"1/{r['memory_ratio']['released']:.0f}",
+            f"{r['errors']['loku']['gradient_before_rounding']:.0e}",
+            f"{r['errors']['plain']['gradient']:.0e}",
+        ]
+        for r in read("head")["results"]
+    ]
+    names = ["shape", "type", "times faster than released", "than plain", "time over the limit", "memory of released"]
+    return table([*names, "gradient error", "of plain"], rows)
+
+
+def meeting() -> str:
+    """The ways in which two gradients meet."""
+    rows = [
+        [
+            {"lora": "LoRA of rank 16", "full": "all weights"}[r["tune"]],
+            f"`{r['combine']}`",
+            spread(r["time_over_sum"]),
+            f"{r['memory_over_sum']:.2f}",
+            f"{r['peak_megabytes']:.0f} MB",
+        ]
+        for r in read("meeting")["results"]
+    ]
+    return table(["trained", "combine", "time over sum", "memory over sum", "peak"], rows)
+
+
+BLOCKS = {"head": head, "meeting": meeting}
+
+
+def filled(text: str) -> str:
+    """Return a page with every block made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite the page, or check it."""
+    text = PAGE.read_text(encoding="utf-8")
+    if sys.argv[1:] == ["--check"]:
+        if filled(text) != text:
+            raise SystemExit(f"{PAGE.name} does not say what the JSON says: run python benchmarks/tables.py")
+        return
+    PAGE.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
