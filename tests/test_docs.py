@@ -100,3 +100,15 @@ def test_the_results_page_says_what_the_json_says(monkeypatch):
     import small_scale
 
     assert (ROOT / "docs" / "results.md").read_text() == small_scale.page()
+
+
+def test_the_evaluation_page_names_every_suite_attack_and_extra():
+    from loku.evaluation.extras import EXTRAS
+    from loku.evaluation.membership import ATTACKS, REFERENCE_ATTACK
+    from loku.evaluation.results import SUITES
+    from loku.evaluation.tdec import LEVELS
+
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    for name in (*SUITES, *ATTACKS, REFERENCE_ATTACK, *LEVELS.values()):
+        assert f"`{name}`" in text
+    assert all(f"--extras {name}" in text for name in EXTRAS)

@@ -217,7 +217,9 @@ class EvaluateOptions(ModelOptions):
     )
     reference: str | None = option(None, "results.json or official or open-unlearning log of the retain-only model")
     target: str | None = option(None, "results.json of the target model, for the verdict")
-    max_rows: int = option(300, "most rows per set", source="TOFU: ds_size 300", least=1)
+    max_rows: int | None = option(
+        None, "most rows per set (default: 300 for own, tofu and tdec, else all)", source="TOFU: ds_size 300", least=1
+    )
     max_new_tokens: int | None = option(None, "longest generated answer (default: the suite's)", least=1)
     output: str | None = option(None, "folder for results.json (with --from-logs: results_from_logs.json)")
     keep_text: bool = option(False, "also write generations to examples.jsonl")

@@ -101,6 +101,7 @@ def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
     if not options.json:
         if results.suite in ("own", "tofu"):
             print_table({"model": results})
+            _print_membership(results)
         else:
             print_suite(results)
         if results.verdict:
@@ -260,6 +261,15 @@ def print_suite(results: Results) -> None:
     console.print(table)
     for name, figure in results.summary.items():
         console.print(f"{name}: {figure:.4g}")
+
+
+def _print_membership(results: Results) -> None:
+    """Print the AUCs of membership attacks, each with its distance from the retain-only model's where there is one."""
+    for name, value in results.summary.items():
+        if name.startswith(("mia_auc", "priv_leak")) and not name.endswith("_distance"):
+            distance = results.summary.get(f"{name}_distance")
+            more = "" if distance is None else f" ({distance:.3f} from the retain-only model's)"
+            console.print(f"{name}: {value:.3f}{more}")
 
 
 def _print_logs(outcome: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from loku.models import load_model
 from loku.options import flag
 
 OWN_MAX_LENGTH = 500  # tokens
+MAX_ROWS = 300  # of suites own, tofu and tdec: TOFU's ds_size
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _common(options: EvaluateOptions, loaded: Loaded) -> dict[str, Any]:
             quantised=True,
         )
     return {
-        "max_rows": options.max_rows,
+        "max_rows": options.max_rows or MAX_ROWS,
         "max_new_tokens": options.max_new_tokens,
         "template": loaded.template,
         "keep_text": options.keep_text,
@@ -172,7 +173,7 @@ def _tdec(options: EvaluateOptions) -> Work:
             data=sets["data"],
             holdout=sets.get("holdout"),
             validation=validation,
-            max_rows=options.max_rows,
+            max_rows=options.max_rows or MAX_ROWS,
             max_length=options.max_length or TDEC_MAX_LENGTH,
             target=target,
             identity=_identity(options, loaded),

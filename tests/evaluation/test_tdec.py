@@ -71,6 +71,7 @@ def test_the_rule_wants_both_figures_below_the_level():
     assert is_forgotten(forget(0.2, 0.05), level) == {"forgotten": 1.0}
     assert is_forgotten(forget(0.3, 0.05), level) == {"forgotten": 0.0}  # at the level is not below it
     assert is_forgotten(forget(0.2, 0.2), level) == {"forgotten": 0.0}
+    assert is_forgotten(forget(0.2, 0.0), {"level_ma": 0.3, "level_el_10": 0.0}) == {"forgotten": 1.0}
     assert is_forgotten(SetResults(1, {}), level) == {}
     assert is_forgotten(forget(0.2, 0.05), {}) == {}
     assert stopping_level([]) == {}

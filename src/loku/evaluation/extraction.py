@@ -137,10 +137,16 @@ def forgotten(
     """Return whether texts are forgotten by Jang et al.'s rule: mean MA and mean EL_n below their level on unseen text.
 
     MA is tested first: it needs one pass, and EL, which needs thousands of generations, only when MA is below its
-    level. `level.el` says which n count. Texts shorter than n do not.
+    level. `level.el` says which n count. Texts shorter than n do not. A figure of 0 is below every level.
     """
     hits = memorised(model, tokenizer, examples)
-    if not np.mean([exact_memorisation(found) for found in hits]) < level.ma:
+    if not below(float(np.mean([exact_memorisation(found) for found in hits])), level.ma):
         return False
     found = measure_extraction(model, tokenizer, examples, ngrams=tuple(level.el), hits=hits, batch_rows=batch_rows)
-    return all(np.mean([row.el[n] for row in found if n in row.el]) < wanted for n, wanted in level.el.items())
+    means = {n: float(np.mean([row.el[n] for row in found if n in row.el])) for n in level.el}
+    return all(below(means[n], wanted) for n, wanted in level.el.items())
+
+
+def below(value: float, level: float) -> bool:
+    """Return whether a figure lies below its level on unseen text; 0 lies below every level, 0 included."""
+    return value < level or value == 0

@@ -14,7 +14,7 @@ from loku.data.records import Record
 from loku.data.sources import RecordSet
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
-from loku.evaluation.extraction import NGRAMS, measure_extraction
+from loku.evaluation.extraction import NGRAMS, below, measure_extraction
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Measured, Progress, set_results
 from loku.evaluation.results import Results, SetResults
@@ -110,11 +110,14 @@ def stopping_level(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def is_forgotten(forget: SetResults, level: Mapping[str, float]) -> dict[str, float]:
-    """Return {"forgotten": 1 or 0} by the stopping rule, or nothing where the level or a figure is unknown."""
+    """Return {"forgotten": 1 or 0} by the stopping rule, or nothing where the level or a figure is unknown.
+
+    A figure of 0 is below every level, a level of 0 included: there is nothing less.
+    """
     pairs = [(forget.mean(metric), level.get(name)) for metric, name in LEVELS.items()]
     if any(ours is None or limit is None for ours, limit in pairs):
         return {}
-    return {"forgotten": float(all(ours < limit for ours, limit in pairs))}  # type: ignore[operator]
+    return {"forgotten": float(all(below(ours, limit) for ours, limit in pairs))}  # type: ignore[arg-type]
 
 
 def _scored(
