@@ -10,6 +10,7 @@ from torch import Tensor
 
 EXACT_LIMIT = 1024  # the smaller side of a matrix up to which the full SVD takes well under a second
 KRYLOV_ITERATIONS = 4
+LEAST_BLOCK = 8  # a block of one or two columns can miss a tenth of a flat spectrum's energy
 
 Triples = tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]
 
@@ -27,7 +28,7 @@ def truncated_svd(
     """
     smaller = min(matrix.shape)
     if method == "auto":
-        exact = smaller <= max(EXACT_LIMIT, rank * (KRYLOV_ITERATIONS + 1))
+        exact = smaller <= max(EXACT_LIMIT, max(rank, LEAST_BLOCK) * (KRYLOV_ITERATIONS + 1))
         method = "exact" if exact else "krylov"
     if method == "krylov":
         return block_krylov(matrix, rank, seed=seed)
@@ -40,7 +41,7 @@ def block_krylov(
 ) -> Triples:
     """Approximate the r largest singular triples within a block Krylov space.
 
-    For the shorter side's orientation M (m <= n) and a Gaussian block O of r columns, the space is
+    For the shorter side's orientation M (m <= n) and a Gaussian block O of r columns (at least 8), the space is
 
         span[M O, (M M^T) M O, ..., (M M^T)^it M O]          with orthonormal basis Q, in blocks
 
@@ -54,9 +55,10 @@ def block_krylov(
     transposed = matrix.shape[0] > matrix.shape[1]
     M = matrix.T if transposed else matrix
     m, n = M.shape
-    columns = min(rank * (iterations + 1), m)
+    width = min(max(rank, LEAST_BLOCK), m)
+    columns = min(width * (iterations + 1), m)
     generator = torch.Generator().manual_seed(seed)
-    block = M @ torch.randn(n, min(rank, m), generator=generator).to(M)
+    block = M @ torch.randn(n, width, generator=generator).to(M)
     Q, image = M.new_empty(m, columns), M.new_empty(n, columns)  # image = M^T Q
     done = 0
     while done < columns:
