@@ -132,8 +132,8 @@ def main() -> None:
     """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--rows", type=int, default=24, help="forget rows, and as many retain rows")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=16, help="forget rows, and as many retain rows")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def main() -> None:
     errors = check(model, layers)
     peak = {name: peak_megabytes(run, device)[0] for name, run in variants.items()}  # the warm-up, too
     times: dict[str, list[float]] = {name: [] for name in variants}
-    slow = {"released": 3, "loku, grouped": 3}
+    slow = {"released": 2, "loku, grouped": 2}
     for number in range(args.rounds):
         for name, run in variants.items():
             if number < slow.get(name, args.rounds):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from builders import byte_level_tokenizer, tiny_model
+from loku.adapters.initialisers import INITIALISERS
 from loku.cli import VERBS
 from loku.config import UnlearnOptions
 from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
@@ -112,3 +113,12 @@ def test_the_evaluation_page_names_every_suite_attack_and_extra():
     for name in (*SUITES, *ATTACKS, REFERENCE_ATTACK, *LEVELS.values()):
         assert f"`{name}`" in text
     assert all(f"--extras {name}" in text for name in EXTRAS)
+
+
+def test_the_initialisers_page_agrees_with_the_code():
+    text = (ROOT / "docs" / "initialisers.md").read_text()
+    table = dict(re.findall(r"^\| `(\w[\w-]*)` \|.*\| ([^|]+) \|$", text, flags=re.MULTILINE))
+    assert set(table) == set(INITIALISERS)
+    for name, initialiser in INITIALISERS.items():
+        told = dict(re.findall(r"`(\w+)` ([\d.]+)", table[name]))
+        assert told == {option: str(number.default) for option, number in initialiser.options.items()}

@@ -99,6 +99,7 @@ def describe_method(options: UnlearnOptions) -> dict[str, Any]:
     described = {"name": options.method} | {name: getattr(options, name) for name in names}
     if options.tune == "lora":
         described |= {"initialiser": options.init, "rank": options.rank, "alpha": options.lora_alpha}
+        described |= {"orthogonality": options.orthogonality}
     return described
 
 

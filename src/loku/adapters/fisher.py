@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,21 +32,33 @@ class Scratch:
 
     _buffers: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
 
-    def take(self, name: str, like: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-        """Return a float32 buffer of that shape with whatever stands in it."""
-        device, (rows, columns) = like.device, like.shape
+    def take(self, name: str, rows: int, columns: int, device: torch.device) -> Float[Tensor, "rows columns"]:
+        """Return a float32 buffer with whatever stands in it."""
         found = self._buffers.get((name, device))
         if found is None or found.numel() < rows * columns:
             found = self._buffers[name, device] = torch.empty(rows * columns, device=device)
         return found[: rows * columns].view(rows, columns)
 
 
-def add_squares(total: Float[Tensor, "rows in"], seen: Seen, rows: slice, scratch: Scratch) -> None:
-    """Add sum_b (G_b[:, rows]^T A_b)^2 to `total`, for the inputs A_b and output gradients G_b of each example b."""
-    product = scratch.take("product", total)
-    for inputs, gradient, _ in seen.examples():
-        torch.mm(gradient[:, rows].T, inputs, out=product)
-        total.addcmul_(product, product)
+def summed_squares(
+    seen: Seen, shape: torch.Size, scratch: Scratch, total: Float[Tensor, "out in"] | None = None
+) -> Iterator[tuple[slice, Float[Tensor, "rows in"]]]:
+    """Yield sum_b (G_b^T A_b)^2 tile by tile of rows, for the inputs A_b and output gradients G_b of each example b.
+
+    The squares are added to `total`, or to zeros in a buffer that is valid until the next tile.
+    """
+    pairs = [(gradient.T, inputs) for inputs, gradient, _ in seen.examples()]
+    device = seen.inputs.device
+    for rows in tiles(shape[0], shape[1], device):
+        product = scratch.take("product", rows.stop - rows.start, shape[1], device)
+        if total is not None:
+            tile = total[rows]
+        else:
+            tile = scratch.take("squares", rows.stop - rows.start, shape[1], device).zero_()
+        for gradient, inputs in pairs:
+            torch.mm(gradient[rows], inputs, out=product)
+            tile.addcmul_(product, product)
+        yield rows, tile
 
 
 class RetainPass:
@@ -60,8 +73,8 @@ class RetainPass:
     def __call__(self, name: str, seen: Seen) -> None:
         """Add one layer's part of a batch."""
         total = self.tensors[name]
-        for rows in tiles(total.shape[0], total.shape[1], total.device):
-            add_squares(total[rows], seen, rows, self.scratch)
+        for _ in summed_squares(seen, total.shape, self.scratch, total):
+            pass
 
 
 class ForgetPass:
@@ -82,14 +95,32 @@ class ForgetPass:
     def __call__(self, name: str, seen: Seen) -> None:
         """Add one layer's part of a batch."""
         inverse = self.inverse[name]
-        for rows in tiles(inverse.shape[0], inverse.shape[1], inverse.device):
-            tile = inverse[rows]
-            squares = self.scratch.take("squares", tile).zero_()
-            add_squares(squares, seen, rows, self.scratch)
+        for rows, squares in summed_squares(seen, inverse.shape, self.scratch):
             self.tensors[f"{name}.forget"][rows] += squares.sum(1)
-            squares.mul_(tile)
+            squares.mul_(inverse[rows])
             self.tensors[f"{name}.relative"][rows] += squares.sum(1)
             self.tensors[f"{name}.columns"] += squares.sum(0)
+
+
+class Inverted(NamedTuple):
+    """What is left of a layer's F_r once it has become 1 / (F_r + eps)."""
+
+    rows: Float[Tensor, " out"]  # row sums of F_r
+    eps: float
+    share_below_eps: float
+
+
+def invert(fisher: Float[Tensor, "out in"], eps_of: Callable[[float], float]) -> Inverted:
+    """Turn F_r into 1 / (F_r + eps) in place, tile by tile; `eps_of` gives eps for the mean of F_r."""
+    places = list(tiles(fisher.shape[0], fisher.shape[1], fisher.device))
+    sums = torch.cat([fisher[rows].sum(1) for rows in places])
+    eps = eps_of(float(sums.sum(dtype=torch.float64)) / fisher.numel())
+    below = 0
+    for rows in places:
+        tile = fisher[rows]
+        below += int((tile < eps).count_nonzero())
+        tile.add_(eps).reciprocal_()
+    return Inverted(sums, eps, below / fisher.numel())
 
 
 def layer_groups(layers: Layers, memory: float | None) -> list[dict[str, torch.nn.Linear]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loku.adapters.backward import Taps, backward, frozen, plan_batches
-from loku.adapters.fisher import ForgetPass, RetainPass, Scratch, layer_groups
+from loku.adapters.fisher import ForgetPass, RetainPass, Scratch, invert, layer_groups
 from loku.adapters.layers import Layers
 from loku.adapters.partial import SAVE_SECONDS, Journal, Position, sum_over_processes, world
 from loku.data.encoding import Example
@@ -209,13 +209,10 @@ class _Run:
         self, group: Layers, here: Position, fisher: dict[str, Tensor], mode: Mode, eps: float | None
     ) -> dict[str, LayerImportance]:
         """Return what the layers' importances come to; `fisher` (F_r) is used up."""
-        eps_of, below, retain_rows = {}, {}, {}
+        inverted = {}
         for name, layer in group.items():
-            matrix = fisher[name] = fisher[name].to(layer.weight.device)
-            eps_of[name] = _eps(matrix, mode, eps)
-            below[name] = int((matrix < eps_of[name]).count_nonzero()) / matrix.numel()
-            retain_rows[name] = matrix.sum(1)
-            matrix.add_(eps_of[name]).reciprocal_()  # from here on 1 / (F_r + eps)
+            fisher[name] = fisher[name].to(layer.weight.device)
+            inverted[name] = invert(fisher[name], lambda mean: _eps(mean, mode, eps))
         consume = ForgetPass(fisher, self.scratch)
         tokens = self._pass(group, here, consume)
         result = {}
@@ -224,9 +221,9 @@ class _Run:
             check_finite(name, sums["relative"])
             result[name] = LayerImportance(
                 **{part: vector.cpu() for part, vector in sums.items()},
-                retain=retain_rows[name].cpu(),
-                eps=eps_of[name],
-                share_below_eps=below[name],
+                retain=inverted[name].rows.cpu(),
+                eps=inverted[name].eps,
+                share_below_eps=inverted[name].share_below_eps,
             )
         return result
 
@@ -295,7 +292,7 @@ def relative_eps(mean: float, dtype: torch.dtype = torch.float32) -> float:
     return max(RELATIVE_EPS * mean, torch.finfo(dtype).tiny)
 
 
-def _eps(fisher: Tensor, mode: Mode, override: float | None) -> float:
+def _eps(mean: float, mode: Mode, override: float | None) -> float:
     if override is not None:
         return override
-    return OFFICIAL_EPS if mode == "official" else relative_eps(float(fisher.mean()))
+    return OFFICIAL_EPS if mode == "official" else relative_eps(mean)
