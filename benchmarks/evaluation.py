@@ -47,6 +47,7 @@ from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.prompts import TagTemplate
 from loku.data.records import Record
 from loku.data.sources import load_records
+from loku.evaluation.decoding import decodes_plainly
 from loku.evaluation.generation import generate, known_start
 from loku.evaluation.logs import NORMALISED_SETS
 from loku.evaluation.modes import end_ids
@@ -257,6 +258,7 @@ def measure(bench: Bench, rounds: int) -> tuple[Times, dict[str, Any]]:
     times: Times = {}
     for _ in range(rounds):
         bench.model = target
+        timed(times, "checks", lambda: (reading_of(target), decodes_plainly(target)))
         scores = timed(times, "scores, engine", bench.engine_scores)
         once = timed(times, "scores, once", bench.once)
         timed(times, "scores, per metric", bench.per_metric)
@@ -333,7 +335,8 @@ def main() -> None:
         for way, found in part["times_faster_than"].items():
             print(f"{name:34} {found['median']:6.1f} times faster than {way}")
     if args.output:
-        about |= {"peak_megabytes_of_scores": peaks} | agreement
+        checks = {"seconds_of_the_checks_made_once_per_model": summary(times["checks"])}  # part of the suites' time
+        about |= {"peak_megabytes_of_scores": peaks} | checks | agreement
         args.output.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
