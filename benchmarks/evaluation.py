@@ -59,7 +59,7 @@ from loku.evaluation.token_tree import grow_trees
 ROWS = {"forget": 5, "retain": 5, "real_authors": 2, "world_facts": 2}  # about in the proportion of the whole sets
 LEARNT = ROWS["forget"] + ROWS["retain"]
 BATCH = 8  # rows in a batch of the usual way
-TOKENIZER_VOCAB = 2_000  # makes 4.3 characters a token on TOFU's answers, about as many as those of Llama or Phi
+TOKENIZER_VOCAB = 4_000  # learnt from all rows: 4.3 characters a token, about as many as Llama's or Phi's have
 NEW_TOKENS = 60
 ANSWER_METRICS = (
     "probability", "exact_memorisation", "extraction_strength", "predictive_entropy", "mia_loss", "mia_zlib",
@@ -67,14 +67,11 @@ ANSWER_METRICS = (
 )  # fmt: skip
 
 
-def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return rows of each set, and where they are from."""
+def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
+    """Return some rows of each set, the texts of all rows, and where they are from."""
     if os.environ.get("LOKU_DATA_DIR"):
-        found = {}
-        for name, source in tofu_sources().items():
-            records = list(load_records(source))[: ROWS[name]]
-            found[name] = [_row(record) for record in records]
-        return found, "TOFU"
+        sets = {name: [_row(record) for record in load_records(source)] for name, source in tofu_sources().items()}
+        return {name: rows[: ROWS[name]] for name, rows in sets.items()}, _texts(sets), "TOFU"
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 8))) for _ in range(2000)]
     lengths = {"forget": (16, 34), "retain": (16, 34), "real_authors": (9, 3), "world_facts": (9, 3)}
@@ -89,7 +86,12 @@ def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
             row: dict[str, Any] = {"question": text(question), "answer": text(answer)}
             row["perturbed_answer"] = [f"{row['answer'][:12]} {text(answer)}" for _ in range(5 if answer > 9 else 3)]
             made[name].append(row | ({"paraphrased_answer": text(answer)} if answer > 9 else {}))
-    return made, "random rows of TOFU's lengths"
+    return made, _texts(made), "random rows of TOFU's lengths"
+
+
+def _texts(sets: dict[str, list[dict[str, Any]]]) -> list[str]:
+    rows = [row for rows in sets.values() for row in rows]
+    return [text for row in rows for text in (row["question"], row["answer"], *row["perturbed_answer"])]
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -131,9 +133,8 @@ class Bench:
     """The model, the rows as examples, and both ways of measuring them."""
 
     def __init__(self) -> None:
-        self.rows, self.source = rows_of_tofu()
-        flat = [row for rows in self.rows.values() for row in rows]
-        self.tokenizer = tokenizer_of([t for r in flat for t in (r["question"], r["answer"], *r["perturbed_answer"])])
+        self.rows, texts, self.source = rows_of_tofu()
+        self.tokenizer = tokenizer_of(texts)
         self.pad_id = self.tokenizer.pad_token_id
         self.model = model_30m()
         self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
