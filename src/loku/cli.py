@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from loku.config import (
+    BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
@@ -31,6 +32,7 @@ VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
     "export": (ExportOptions, "ordinary LoRA, rank-truncated LoRA, or merged model"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
+    "bench": (BenchOptions, "a grid of methods and seeds from a recipe, resumable, to JSON and a leaderboard"),
     "methods": (None, "list every method: family, needs, cost, when to use it"),
 }
 
@@ -62,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run"):  # positional
+        if name in ("folders", "run") or (cls is BenchOptions and name == "recipe"):  # positional
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -83,7 +85,11 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
 
 
 def _positional(cls: type[Options] | None) -> str:
-    names: dict[type[Options], str] = {ReportOptions: "folder ... ", ExportOptions: "run "}
+    names: dict[type[Options], str] = {
+        ReportOptions: "folder ... ",
+        ExportOptions: "run ",
+        BenchOptions: "recipe.yaml ",
+    }
     return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
 
@@ -107,6 +113,8 @@ def build_parser() -> Parser:
             sub.add_argument("folders", nargs="+", help="run or evaluation folders; several are compared")
         elif cls is ExportOptions:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
+        elif cls is BenchOptions:
+            sub.add_argument("recipe", help="the benchmark's YAML file; see docs/bench.md")
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)
@@ -127,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = None
         if cls is not None:
-            path = flags.pop("recipe", None)
+            path = None if cls is BenchOptions else flags.pop("recipe", None)  # a benchmark's recipe is no option list
             recipe = read_recipe(path) if path else {}
             options = resolve(cls, recipe, flags, where=str(path) if path else "The command line")
         from loku import verbs  # heavy libraries are imported by the verb that needs them

@@ -275,6 +275,18 @@ class DemoOptions(Options):
     seed: int = seed_option(0, "seed of corpus and training")
 
 
+@dataclass
+class BenchOptions(Options):
+    """Options of `loku bench`."""
+
+    recipe: str | None = option(None, "the benchmark's YAML file; see docs/bench.md")
+    output: str | None = option(None, "folder to write and to go on in (default: bench/<the recipe's name>)")
+    workers: int = option(0, "processes, one thread each; 0: one a core", least=0)
+    backend: str = option("local", "local: processes of this machine; ray: a Ray cluster", choices=("local", "ray"))
+    ray_address: str | None = option(None, "with --backend ray: the cluster's address (default: a local Ray)")
+    dry_run: bool = option(False, "print what would be run and what it costs, and stop")
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a YAML recipe: a flat mapping of option names (with _ or -) to values."""
     import yaml

@@ -12,6 +12,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from loku.config import (
+    BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
@@ -164,5 +165,13 @@ def report(options: ReportOptions) -> None:
 def demo(options: DemoOptions) -> None:
     """Run the offline tour."""
     from loku.demo import demo as run
+
+    run(options)
+
+
+@quietly
+def bench(options: BenchOptions) -> None:
+    """Run a grid of methods and seeds from a recipe."""
+    from loku.bench.runner import bench as run
 
     run(options)

@@ -34,18 +34,19 @@ def write_report(folders: Sequence[str | Path], output: str | Path, *, title: st
     """
     check_output_file(output, "Give the HTML file to write.")
     runs = read_folders(folders)
-    environment = _environment()
+    templates = environment()
     if len(runs) == 1:
         page, content = "run.html.j2", run_content(runs[0])
     else:
         page, content = "compare.html.j2", comparison(runs)
     content["title"] = title or content["title"]
-    write_text(output, environment.get_template(page).render(content))
+    write_text(output, templates.get_template(page).render(content))
     return Path(output)
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the templates with the filters they use."""
+    found = Environment(
         loader=PackageLoader("loku.report"),
         autoescape=True,  # for every template: texts of models and data sets are never trusted
         undefined=StrictUndefined,
@@ -61,9 +62,9 @@ def _environment() -> Environment:
         "strip": strip,
         "prose": prose,
     }
-    environment.filters.update(filters)
-    environment.globals["metric_info"] = metric_info
-    return environment
+    found.filters.update(filters)
+    found.globals["metric_info"] = metric_info
+    return found
 
 
 def prose(text: str) -> Markup:
