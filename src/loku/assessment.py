@@ -26,6 +26,7 @@ from loku.progress import console, progress
 from loku.report.card import write_model_card
 from loku.report.html import write_report
 from loku.runs import RunFolder
+from loku.watch_plan import plan_watch
 
 # What the summary table shows: heading, set, metric.
 COLUMNS = (
@@ -77,7 +78,7 @@ def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
     Every row to be measured must leave an answer within --max-length. Results must have been measured on the same
     forget rows; a retain-only model must share the target's vocabulary.
     """
-    if not options.evaluate:
+    if plan_watch(job, options, rows) is None and not options.evaluate:
         return
     given = {
         "forget": job.forget,

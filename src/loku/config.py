@@ -138,6 +138,24 @@ class UnlearnOptions(TrainingOptions):
         None, "the reference: a model trained without the forget set, its results.json, or its official log"
     )
     keep_text: bool = option(False, "keep example generations in the run folder and the report")
+    eval_steps: int = option(0, "steps between measurements while training (teacher-forced figures); 0: none", least=0)
+    stop_at: str = option(
+        "never",
+        "level: stop as soon as the forget set is known no better than unseen text",
+        choices=("never", "level"),
+        source="TDEC: Jang et al. 2023",
+    )
+    level: dict[str, Any] = pairs(
+        "that level by hand, such as probability=0.2 (default: the retain-only model's, else the target's on --holdout)"
+    )
+    keep: str = option(
+        "last",
+        "best: of all measurements the nearest to the level that kept --keep-utility",
+        choices=("last", "best"),
+    )
+    keep_utility: float = option(
+        0.98, "--keep best: share of the target's answer probability on retain and general rows", least=0, most=1
+    )
 
     @property
     def lora_alpha(self) -> float:
@@ -151,6 +169,13 @@ class UnlearnOptions(TrainingOptions):
             raise InputError(
                 "--forget-weight 0 and --retain-weight 0 leave nothing to train.", "Give one of them a larger weight."
             )
+        asked = [
+            f"--{name} {getattr(self, name.replace('-', '_'))}"
+            for name, idle in (("stop-at", "never"), ("keep", "last"))
+            if getattr(self, name.replace("-", "_")) != idle
+        ] + (["--level"] if self.level else [])
+        if asked and not self.eval_steps:
+            raise InputError(f"{asked[0]} needs measurements while training.", "Add --eval-steps, such as 5.")
 
 
 @dataclass

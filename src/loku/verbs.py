@@ -86,7 +86,7 @@ def unlearn(options: UnlearnOptions) -> None:
     job = prepare(model, tokenizer, forget, retain, options)
     check_rows(extra, job, options)
     print_plan(job, run, options)
-    result = run_job(job, run, options)
+    result = run_job(job, run, options, extra)
     assess(result, job, run, options, extra)
 
 
