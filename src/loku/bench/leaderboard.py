@@ -112,7 +112,7 @@ def _relearned(curve: Mapping[str, Any] | None) -> dict[str, float]:
         return {}
     found = {}
     for column, metric in (("relearned rest, acc.", "exact_match"), ("relearned rest, prob.", "probability")):
-        values = (curve.get("probe") or {}).get("rest", {}).get(metric)
+        values = curve["means"]["rest"].get(metric)
         if values:
             found[column] = float(values[-1])
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from loku.attacks.relearning import relearn, split_forget
 from loku.config import UnlearnOptions
 from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet
@@ -14,8 +15,6 @@ def relearned(
     model: Any, tokenizer: Any, forget: RecordSet, settings: Mapping[str, Any], options: UnlearnOptions
 ) -> dict[str, Any]:
     """Return the curve of the attack on one model; the split is that of the seed, the same for all models."""
-    from loku.attacks.relearning import relearn, split_forget
-
     learn, rest = split_forget(forget, share=settings["share"], seed=options.seed)
     curve = relearn(
         model,
@@ -29,5 +28,4 @@ def relearned(
         max_length=options.max_length,
         seed=options.seed,
     )
-    found: dict[str, Any] = curve.to_json()
-    return found
+    return {"steps": curve.steps, "means": curve.means, "settings": curve.settings}
