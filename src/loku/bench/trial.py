@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loku.assessment import AssessmentRows
 from loku.bench.figures import figures_of
 from loku.bench.models import measure, measured_rows, results_file, unlearn_options
 from loku.bench.recipe import RETAIN_ONLY, TARGET
@@ -15,6 +16,7 @@ from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
 from loku.data.sources import load_records
 from loku.errors import DivergenceError, InputError
+from loku.evaluation.reference import load_reference
 from loku.files import write_json
 from loku.job import load_rows, prepare
 from loku.models import load_model, load_tokenizer
@@ -65,8 +67,12 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
-    result = run_job(job, run, options)
     rows = measured_rows(recipe, options, folder)
+    extra = AssessmentRows(
+        retain=rows.get("retain"), holdout=rows.get("holdout"), general=rows.get("general"),
+        reference=load_reference(options.retain_only_model) if options.retain_only_model else None,
+    )  # fmt: skip
+    result = run_job(job, run, options, extra)
     rows["forget"] = load_records(str(options.forget), data_dir=options.data_dir)
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
