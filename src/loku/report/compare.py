@@ -13,6 +13,8 @@ from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.figures import (
     METRICS,
+    beyond_note,
+    beyond_retain_only,
     forget_quality_allowed,
     metric_info,
     set_names,
@@ -238,6 +240,13 @@ def _warnings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[str]:
     for role, what in (("target", "target"), ("retain_only", "retain-only model")):
         if not any(role in run.results for run in runs):
             notes.append(f"No run holds results of the {what}, so its row is missing.")
+    reference = next((run.results["retain_only"] for run in runs if "retain_only" in run.results), None)
+    if reference is not None:
+        notes += [
+            f"{label}: {beyond_note(less)}"
+            for label, run in zip(labels, runs, strict=True)
+            if (less := beyond_retain_only({**run.results, "retain_only": reference}))
+        ]
     hidden = [label for label, run in zip(labels, runs, strict=True) if _hides_quality(run.results.get("unlearned"))]
     if hidden:
         notes.append(
