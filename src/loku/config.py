@@ -143,7 +143,6 @@ class UnlearnOptions(TrainingOptions):
         "never",
         "level: stop as soon as the forget set is known no better than unseen text",
         choices=("never", "level"),
-        source="TDEC: Jang et al. 2023",
     )
     level: dict[str, Any] = pairs(
         "that level by hand, such as probability=0.2 (default: the retain-only model's, else the target's on --holdout)"

@@ -39,8 +39,10 @@ NOTHING_LOST = "Choose another folder: nothing there is overwritten."
 RUNS = ("unlearn", "demo")  # commands whose folders hold a results.json of their own
 
 
-def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate_from_options(options: EvaluateOptions, role: str = "model") -> dict[str, Any]:
     """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json.
+
+    With the role "retain_only" there is no verdict: nothing was unlearned from that model.
 
     A folder that holds the results of the same call answers at once, and an interrupted evaluation goes on from the
     scores in its cache. Under torchrun the processes share the work, and the first one writes and speaks.
@@ -55,13 +57,13 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     request = evaluation_request(options, work.hashes) if options.output and options.cache else None
     known = finished_results(options.output, request) if options.output else None
     with several_processes():
-        results = known or _measured(options, work, request)
+        results = known or _measured(options, work, request, role)
         if is_first():
-            _show(results, options, again=known is not None)
+            _show(results, options, role, again=known is not None)
     return results.to_json()
 
 
-def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Results:
+def _measured(options: EvaluateOptions, work: Work, request: str | None, role: str) -> Results:
     """Load the model, measure it, and write the results."""
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
@@ -87,6 +89,8 @@ def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Resu
     with progress("measuring") as update:
         results = work.run(Loaded(model, tokenizer, template, digest, cache), update)
     results.adapter = adapter or None
+    if role == "retain_only":
+        results.verdict = None
     if options.output and is_first():
         write_results(results, options.output)
         if options.write_logs:
@@ -95,7 +99,7 @@ def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Resu
     return results
 
 
-def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
+def _show(results: Results, options: EvaluateOptions, role: str, *, again: bool) -> None:
     """Print what was measured, unless one JSON object was asked for, and the warnings in any case."""
     if options.output and not options.json:
         said = "the same was measured before: results are in" if again else "results written to"
@@ -103,7 +107,7 @@ def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
     if not options.json:
         beside = _beside(options)
         if results.suite in ("own", "tofu"):
-            print_table({"model": results} | beside)
+            print_table({role: results} | beside)
             _print_membership(results)
         else:
             print_suite(results, beside)

@@ -128,4 +128,4 @@ def _measure(options: ReferenceOptions, folder: Path) -> None:
     more = {name: getattr(options, name) for name in (*same, "keep_text")}
     asked = EvaluateOptions(model=str(folder), output=str(folder), max_rows=options.eval_rows, **rows, **more)
     asked.check()
-    evaluate_from_options(asked)
+    evaluate_from_options(asked, role="retain_only")

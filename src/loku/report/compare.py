@@ -13,7 +13,7 @@ from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.figures import (
     METRICS,
-    beyond_note,
+    NO_VIRTUE,
     beyond_retain_only,
     forget_quality_allowed,
     metric_info,
@@ -74,6 +74,12 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "columns": [_column_label(*column[1:]) for column in columns],
         "starts": [i == 0 or columns[i][0] != columns[i - 1][0] for i in range(len(columns))],
         "rows": rows,
+        "beyond": [
+            (label, ", ".join(less))
+            for label, run in zip(labels, runs, strict=True)
+            if (less := beyond_retain_only({**run.results, "retain_only": references["retain_only"] or {}}))
+        ],
+        "no_virtue": NO_VIRTUE,
         "scatter": scatter_chart(models),
         "truth": truth_multiples(runs, labels, references),
         "cost_head": ["Time", "of it training", "of it importance", "Peak memory", "Steps", "Trainable"],
@@ -240,13 +246,6 @@ def _warnings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[str]:
     for role, what in (("target", "target"), ("retain_only", "retain-only model")):
         if not any(role in run.results for run in runs):
             notes.append(f"No run holds results of the {what}, so its row is missing.")
-    reference = next((run.results["retain_only"] for run in runs if "retain_only" in run.results), None)
-    if reference is not None:
-        notes += [
-            f"{label}: {beyond_note(less)}"
-            for label, run in zip(labels, runs, strict=True)
-            if (less := beyond_retain_only({**run.results, "retain_only": reference}))
-        ]
     hidden = [label for label, run in zip(labels, runs, strict=True) if _hides_quality(run.results.get("unlearned"))]
     if hidden:
         notes.append(

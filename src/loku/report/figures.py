@@ -177,12 +177,14 @@ def beyond_retain_only(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return found
 
 
+NO_VIRTUE = (
+    "A model that never saw the forget set still guesses some of it; knowing less betrays the removal, or is damage."
+)
+
+
 def beyond_note(found: Sequence[str]) -> str:
-    """Return the sentence about figures beyond the retain-only model's."""
-    return (
-        f"Better than retain-only is no virtue here: {', '.join(found)}. A model that never saw the forget set still "
-        "guesses some of it; knowing less betrays the removal, or is damage."
-    )
+    """Return the sentences about figures beyond the retain-only model's."""
+    return f"Better than retain-only is no virtue here: {', '.join(found)}. {NO_VIRTUE}"
 
 
 def _distance(target: Value | None, unlearned: Value, aim: Value | None) -> str:
