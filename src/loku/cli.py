@@ -16,6 +16,7 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
     read_recipe,
@@ -27,6 +28,7 @@ from loku.options import Options, flag
 VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "demo": (DemoOptions, "offline tour: trains small models on a fictitious corpus, unlearns, evaluates, reports"),
     "finetune": (FinetuneOptions, "train a target or a retain-only model"),
+    "reference": (ReferenceOptions, "train and measure the retain-only model: the target's recipe without forget rows"),
     "importance": (ImportanceOptions, "Fisher importance of forget against retain rows, to a file"),
     "unlearn": (UnlearnOptions, "the main job: model + forget set (+ retain set) in, adapter + report out"),
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),

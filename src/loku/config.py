@@ -143,7 +143,6 @@ class UnlearnOptions(TrainingOptions):
         "never",
         "level: stop as soon as the forget set is known no better than unseen text",
         choices=("never", "level"),
-        source="TDEC: Jang et al. 2023",
     )
     level: dict[str, Any] = pairs(
         "that level by hand, such as probability=0.2 (default: the retain-only model's, else the target's on --holdout)"
@@ -188,6 +187,23 @@ class FinetuneOptions(TrainingOptions):
     tokenizer_data: str | None = option(None, "rows to make a new model's tokenizer from (default: --data)")
     learning_rate: float = option(1e-5, "peak learning rate", source="TOFU, Llama-2-7B", least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", source="TOFU: Maini et al. 2024", least=0)
+
+
+@dataclass
+class ReferenceOptions(FinetuneOptions):
+    """Options of `loku reference`."""
+
+    like: str | None = option(None, "the target's folder, written by `loku finetune`: its settings are taken over")
+    forget: str | None = option(None, "rows of --data that the model must not learn, matched by what they say")
+    output: str | None = option(None, "folder to write (default: beside --like, its name ends in a hash of the recipe)")
+    retain: str | None = option(None, "retain rows to measure the model on")
+    holdout: str | None = option(None, "rows never trained on to measure it on")
+    general: str | None = option(None, "general-knowledge rows to measure it on")
+    eval_rows: int = option(100, "most rows per set to measure", least=1)
+    max_new_tokens: int | None = option(
+        None, "longest generated answer when measuring (default: from the answers' lengths)", least=1
+    )
+    keep_text: bool = option(False, "also write generations to examples.jsonl")
 
 
 @dataclass
@@ -330,8 +346,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+def recorded_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of a `loku finetune` run, for --like; its output folder is not among them."""
+    file = Path(folder) / "config.yaml"
+    values = read_recipe(file) if file.is_file() else {}
+    known = FinetuneOptions.fields()
+    if not {"data", "learning_rate"} <= set(values) <= set(known):
+        raise InputError(
+            f"--like '{folder}' holds no config.yaml of `loku finetune`.",
+            "Give the folder that the target was written to, or its recipe: --model, --data and the settings.",
+        )
+    return {name: value for name, value in values.items() if name != "output"}
+
+
 def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *, where: str = "The recipe") -> Any:
-    """Combine defaults, the method's settings, a recipe and flags; later ones win."""
+    """Combine defaults, the method's settings (or those of --like), a recipe and flags; later ones win."""
     hints = typing.get_type_hints(cls)
     for name in recipe:
         if name not in hints:
@@ -340,4 +369,7 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
     method = flags.get("method", recipe.get("method"))
     if "method" in hints and isinstance(method, str) and method in METHODS:
         settings = dict(METHODS[method].settings)
+    like = flags.get("like", recipe.get("like"))
+    if "like" in hints and isinstance(like, str):
+        settings = recorded_settings(like)
     return cls.from_mapping(settings | recipe | flags, where=where)

@@ -18,6 +18,7 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
 )
@@ -55,6 +56,14 @@ def methods(_: None = None) -> None:
 def finetune(options: FinetuneOptions) -> None:
     """Train a target or a retain-only model."""
     from loku.finetune import finetune as run
+
+    run(options)
+
+
+@quietly
+def reference(options: ReferenceOptions) -> None:
+    """Train and measure the retain-only model."""
+    from loku.retain_only import reference as run
 
     run(options)
 

@@ -19,6 +19,7 @@ from loku.report.examples import example_sets
 from loku.report.figures import all_figures, glance, key_figures, metric_info
 from loku.report.numerals import count, duration, figure, memory, moment, percent
 from loku.report.svg import strip
+from loku.report.watched import watched_charts, watched_notes
 from loku.report.words import explanation, missing_pieces, not_claimed, verdict
 
 # What the template asks of run.json's "method"; a field that is missing there is None.
@@ -105,6 +106,8 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "example_sets": texts,
         "truth": charts.truth_chart(results, "truth-chart", labels),
         "curves": curves,
+        "watched": watched_charts(folder.watched, run),
+        "watched_notes": watched_notes(run),
         "importance": charts.importance(layers, "importance-chart", mode == "activations") if layers else None,
         "importance_mode": mode,
         "initialiser": at(run, "initialisation", "initialiser") or at(run, "method", "initialiser"),
