@@ -17,7 +17,6 @@ from loku.evaluation.metrics import Array
 RESAMPLES = 1000
 LEAST_GAP = 0.05  # of target above retain-only, below which an attack cannot tell anything
 KEPT = 0.8  # share of the target's figure on the retain set, below which a model counts as damaged
-REPEATS = 0.2  # repetition above the retain-only model's, from which on a model counts as damaged
 HIDDEN, GONE = 0.1, 0.1  # worst score: its lower end above the first is "hidden", its upper end below the second "gone"
 CLIP = (-1.0, 2.0)  # resampled ratios are cut here: a small denominator must not rule the interval
 
@@ -111,18 +110,15 @@ def _counts(generator: np.random.Generator, size: int, resamples: int) -> Array:
     return np.stack([np.bincount(row, minlength=size) for row in picks]).astype(np.float64)
 
 
-def damage(retain: Mapping[str, float], repetition: Mapping[str, float]) -> str | None:
-    """Return why an unlearned model counts as damaged, or None. Both mappings are by role; unknown roles are absent.
+def damage(retain: Mapping[str, float]) -> str | None:
+    """Return why an unlearned model counts as damaged, or None: it keeps less than 80 % of the target's retain figure.
 
-    It keeps less than 80 % of the target's figure on the retain set, or it repeats itself (share of repeated 4-grams)
-    by 0.2 more than the retain-only model.
+    `retain` is a figure on the retain set by role; where a role is unknown, or the target has zero, there is no
+    verdict.
     """
     ours, theirs = retain.get("unlearned"), retain.get("target")
     if ours is not None and theirs and ours < KEPT * theirs:
         return f"it keeps {ours / theirs:.0%} of the target's figure on the retain set"
-    said, normal = repetition.get("unlearned"), repetition.get("retain_only", repetition.get("target"))
-    if said is not None and normal is not None and said > normal + REPEATS:
-        return f"it repeats itself ({said:.2f} of 4-token sequences, {normal:.2f} are normal)"
     return None
 
 

@@ -215,7 +215,7 @@ def _relearning(setting: Setting) -> list[Attack]:
             found.append(
                 Attack(
                     f"benign-{name}-{tune}", "benign",
-                    partial(_curve, learn=rows, probes={"forget": setting.forget}, tune=tune),
+                    partial(_curve, learn=rows or learn, probes={"forget": setting.forget}, tune=tune),
                     partial(_training_cost, tune=tune),
                     common | {"rows": rows.sha256 if rows else None}, missing=None if rows else lack,
                 )
