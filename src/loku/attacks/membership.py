@@ -37,7 +37,7 @@ def member_numbers(model: nn.Module, tokenizer: Any, encoder: Encoder, records: 
     for record, own in zip(records, examples, strict=True):
         parts = [next(scores) for _ in own]
         answer = record.answer or (record.messages[-1][1] if record.messages else "")
-        measured = Measured(record, "", [answer], answer=[part for part, _ in parts])
+        measured = Measured(record, "", [] if record.is_text else [answer], answer=[part for part, _ in parts])
         measured.more["gradient_norm"] = sum(norm for _, norm in parts) / len(parts)
         numbers = measured.numbers()
         rows.append({"index": record.index} | {name: numbers[name] for name in NUMBERS if name in numbers})

@@ -111,8 +111,8 @@ def prefix(asker: Asker, record: Record) -> Asked | None:
     start = len(prompt_of(example))
     answer = [token for token in example.input_ids[start:] if token != asker.encoder.tokenizer.eos_token_id]
     half = len(answer) // 2
-    rest = asker.encoder.tokenizer.decode(answer[half:], skip_special_tokens=True).strip()
-    return asker.ask(record, [rest], more=half) if half and normalise(rest) else None
+    forced, rest = (asker.encoder.tokenizer.decode(part).strip() for part in (answer[:half], answer[half:]))
+    return asker.ask(record, [rest], more=half) if forced and normalise(rest) else None
 
 
 def few_shot(asker: Asker, record: Record) -> Asked | None:

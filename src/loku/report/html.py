@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 
 from loku.files import check_output_file, write_text
 from loku.report import charts
-from loku.report.attacks import attack_section
 from loku.report.artefacts import ROLES, RunFolder, at, read_folders, section
+from loku.report.attacks import attack_section
 from loku.report.compare import comparison
 from loku.report.details import costs, data_counts, importance_rows, layer_figures, provenance
 from loku.report.examples import example_sets
