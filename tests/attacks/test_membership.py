@@ -38,7 +38,8 @@ def test_scores_compare_the_three_models():
         "retain_only": side([1.1, 2.1, 2.9, 1.9] * 8),
     }  # fmt: skip
     others = {
-        "target": side([1.0, 2.0, 3.0] * 6), "unlearned": side([1.2, 2.2, 3.2] * 6), "retain_only": side([1.0, 2.0, 3.0] * 6)
+        "target": side([1.0, 2.0, 3.0] * 6), "unlearned": side([1.2, 2.2, 3.2] * 6),
+        "retain_only": side([1.0, 2.0, 3.0] * 6),
     }  # fmt: skip
     found = membership_scores(members, others)
     assert set(found) == {*ATTACKS, REFERENCE_ATTACK}
