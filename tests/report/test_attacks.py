@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from loku.report.attacks import attack_section, relearning_chart
 
 
@@ -12,7 +14,7 @@ def document():
     roles = ("target", "unlearned", "retain_only")
     curve = {"steps": [0, 5], "means": {"rest": {"exact_match": [0.0, 0.5]}}, "losses": []}
     figures = {role: {"exact_match": figure, "depth": figure} for role in roles}
-    beside = {"unlearned": {"retain_exact_match": 0.9, "repetition": 0.1}}
+    beside = {"unlearned": {"retain_exact_match": 0.9, "repetition": 0.1, "output_nll": 2.0}}
     return {
         "schema_version": 1,
         "attacks": {"relearn-full": {"family": "relearn", "roles": {role: {"curve": curve} for role in roles}}},
@@ -39,8 +41,9 @@ def test_every_attack_has_a_row():
     assert list(rows) == ["relearn-full", "prompt-cloze", "mia_auc"]
     assert rows["relearn-full"].score.text == "0.400"
     assert rows["relearn-full"].retain == 0.9
+    assert rows["relearn-full"].perplexity == math.exp(2.0)
     assert rows["prompt-cloze"].score is None
-    assert rows["prompt-cloze"].note == "No score: it cannot tell."
+    assert rows["prompt-cloze"].note == "cannot tell"
     assert rows["prompt-cloze"].damaged == "it is"
     assert rows["mia_auc"].metric == "AUC"
     assert found["missing"] == [("adapter-0", "there is no adapter"), ("lens (target)", "no <norm>")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class AttackRow:
     note: str
     retain: float | None
     repetition: float | None
+    perplexity: float | None  # of what the unlearned model says, under the retain-only model
     damaged: str | None
 
 
@@ -70,15 +72,16 @@ def _row(
 ) -> AttackRow:
     beside = section(found, "beside", "unlearned")
     mean, reason = number(score.get("score")), score.get("reason")
-    damaged = found.get("damaged")
+    damaged, nll = found.get("damaged"), number(beside.get("output_nll"))
     return AttackRow(
         name=name,
         metric=metric,
         values=values,
         score=None if mean is None else Value(mean, number(score.get("low")), number(score.get("high"))),
-        note=f"No score: {reason}." if reason else "",
+        note="" if not reason else ("no reference" if "no retain-only" in str(reason) else "cannot tell"),
         retain=next((value for key in RETAIN if (value := number(beside.get(key))) is not None), None),
         repetition=number(beside.get("repetition")),
+        perplexity=None if nll is None else math.exp(min(nll, 700.0)),
         damaged=None if damaged is None else str(damaged),
     )
 
