@@ -1,7 +1,7 @@
 """Tables of docs/ablation.md: what each initialiser does at each rank, from the runs that `loku bench` collected.
 
-    loku bench recipes/bench/initialisers-fiction.yaml     # then copy its runs.jsonl to benchmarks/results/
-    python benchmarks/tables.py                            # writes the tables
+loku bench recipes/bench/initialisers-fiction.yaml     # then copy its runs.jsonl to benchmarks/results/
+python benchmarks/tables.py                            # writes the tables
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def grid(name: str, method: str, read: Figure, digits: int = 2) -> str:
     """Return a table: initialisers down, ranks across."""
     runs = runs_of(name, method)
     ranks = sorted({r["options"]["rank"] for r in runs})
-    lines = ["| starts from | " + " | ".join(f"rank {rank}" for rank in ranks) + " |", "| --- " * (len(ranks) + 1) + "|"]
+    head = " | ".join(f"rank {rank}" for rank in ranks)
+    lines = [f"| starts from | {head} |", "| --- " * (len(ranks) + 1) + "|"]
     for init in INITIALISERS:
         cells = [[r for r in runs if (r["options"]["init"], r["options"]["rank"]) == (init, rank)] for rank in ranks]
         if any(cells):
@@ -127,7 +128,8 @@ def baselines(name: str) -> str:
     records = [record for record in read_collection(RESULTS / f"{name}.jsonl") if "arm" not in record]
     for model in ("target", "retain-only"):
         found = [record["models"][model] for record in records]
-        values = [[value_of(m["figures"], key) or 0.0 for m in found] for key in ("forget.probability", "model_utility")]
+        shown = ("forget.probability", "model_utility")
+        values = [[value_of(m["figures"], key) or 0.0 for m in found] for key in shown]
         cells = [spread(column) for column in values] + [spread([rest(m) or 0.0 for m in found])]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -298,6 +298,42 @@ class ExportOptions(Options):
 
 
 @dataclass
+class AttackOptions(ModelOptions):
+    """Options of `loku attack`. What a run folder says itself need not be given."""
+
+    run: str | None = option(None, "run folder of `loku unlearn`; without it --model, and --adapter or --target-model")
+    adapter: str | None = option(None, "adapter folder: target and unlearned model are --model without and with it")
+    target_model: str | None = option(None, "the model before unlearning, when --model is a whole unlearned model")
+    retain_only_model: str | None = option(None, "a model that never saw the forget set: scores are relative to it")
+    other_base: str | None = option(None, "another base to put the adapter on, such as the one before fine-tuning")
+    forget: str | None = option(None, "what had to go")
+    retain: str | None = option(None, "what had to stay: related benign text, examples, and the proof of no damage")
+    holdout: str | None = option(None, "rows of the same kind, never trained on: for membership")
+    unrelated: str | None = option(None, "unrelated benign rows to relearn on (default: the run's general rows)")
+    attacks: str = option("all", "which, comma-separated: families such as relearn,quantise, or single attacks")
+    share: float = option(
+        0.25, "relearning: share of the forget set to train on", source="prototype: 10 of 40", above=0, below=1
+    )
+    steps: int = option(20, "relearning: optimiser steps", source="prototype", least=1)
+    every: int = option(5, "relearning: steps between measurements", least=1)
+    learning_rate: float | None = option(
+        None, "relearning: rate (default: 2e-3 with LoRA, 5e-4 in full at width 96; less for wider models)", above=0
+    )
+    batch_size: int = option(8, "relearning: rows per step", least=1)
+    rank: int = option(8, "relearning: rank of the fresh LoRA", least=1)
+    prune_rates: str = option("0.1,0.3,0.5", "shares of weights to prune, comma-separated")
+    adapter_scales: str = option("0.75,0.5,0.25", "factors to scale the adapter by, comma-separated")
+    samples: int = option(8, "sampling: answers per question", least=1)
+    temperature: float = option(1.0, "sampling: temperature", above=0)
+    max_rows: int = option(100, "most rows per set", least=2)
+    retain_rows: int = option(32, "retain rows measured beside each attack", least=2)
+    output: str | None = option(None, "folder for attacks.json (default: the run folder)")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
+    json: bool = option(False, "print one JSON object")
+    seed: int = seed_option(42, "seed of splits, batches, samples and intervals")
+
+
+@dataclass
 class ReportOptions(Options):
     """Options of `loku report`."""
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from loku.config import (
+    AttackOptions,
     BenchOptions,
     DemoOptions,
     EvaluateOptions,
@@ -149,6 +150,17 @@ def evaluate(options: EvaluateOptions) -> None:
         outcome = evaluate_logs_from_options(options)
     else:
         outcome = evaluate_from_options(options)
+    if options.json:
+        json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+
+
+@quietly
+def attack(options: AttackOptions) -> None:
+    """Try to bring the knowledge back."""
+    from loku.attack import attack as run
+
+    outcome = run(options)
     if options.json:
         json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from loku.files import check_output_file, write_text
 from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, read_folders, section
+from loku.report.attacks import attack_section
 from loku.report.compare import comparison
 from loku.report.details import costs, data_counts, importance_rows, layer_figures, provenance
 from loku.report.examples import example_sets
@@ -112,6 +113,7 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "importance_mode": mode,
         "initialiser": at(run, "initialisation", "initialiser") or at(run, "method", "initialiser"),
         "importance_rows": importance_rows(layers),
+        "attacks": attack_section(folder.attacks),
         "costs": costs(run),
         "data": data_counts(run, results),
         "config": folder.config,
