@@ -177,6 +177,7 @@ def _tdec(options: EvaluateOptions) -> Work:
             max_length=options.max_length or TDEC_MAX_LENGTH,
             target=target,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 
@@ -204,6 +205,7 @@ def _muse(options: EvaluateOptions) -> Work:
             keep_text=options.keep_text,
             reference=reference,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             warnings=warnings,
             progress=progress,
         )
@@ -234,6 +236,7 @@ def _lume(options: EvaluateOptions) -> Work:
             max_length=options.max_length or LUME_MAX_LENGTH,
             keep_text=options.keep_text,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 
@@ -263,6 +266,7 @@ def _rwku(options: EvaluateOptions) -> Work:
             max_new_tokens=options.max_new_tokens or RWKU_NEW_TOKENS,
             keep_text=options.keep_text,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from loku.evaluation.gradients import gradient_norms
 from loku.evaluation.measuring import Effort, Measured
 from loku.evaluation.memo import memo_scores
 from loku.evaluation.scoring import score
-from loku.models import check_fits
+from loku.models import check_fits, weights_sha256
 
 EXTRAS = ("gradient_norm", "memo")
 
@@ -59,13 +60,16 @@ def add_extras(
     of what the model generated, under the reference model and after the same prompt. An empty answer has none.
     """
     if "gradient_norm" in extras:
-        for name in ("forget", "holdout"):
-            for row in measured.get(name, ()):
-                norms = gradient_norms(model, row.examples, [part.answer for part in row.answer])
-                row.more["gradient_norm"] = sum(norms) / len(norms)
+        chosen = [row for name in ("forget", "holdout") for row in measured.get(name, ())]
+        examples = [example for row in chosen for example in row.examples]
+        answers = [part.answer for row in chosen for part in row.answer]
+        norms = iter(gradient_norms(model, examples, answers, cache=effort.cache))
+        for row in chosen:
+            row.more["gradient_norm"] = sum(next(norms) for _ in row.examples) / len(row.examples)
     if "memo" in extras:
         rows = measured.get("forget", ())
-        found = memo_scores(model, tokenizer, template, [row.record for row in rows], batch_rows=effort.batch_rows)
+        records = [row.record for row in rows]
+        found = memo_scores(model, tokenizer, template, records, batch_rows=effort.batch_rows, cache=effort.cache)
         for row, memo in zip(rows, found, strict=True):
             if memo is not None:
                 row.more |= {"memo_precision": memo.precision, "memo_recall": memo.recall}
@@ -83,7 +87,10 @@ def _add_output_nll(reference: nn.Module, tokenizer: Any, rows: Sequence[Measure
                 owners.append(row)
     check_fits(reference, tokenizer, max((len(example.input_ids) for example in examples), default=0))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    scores = score(reference, examples, pad_id=pad_id, batch_tokens=effort.batch_tokens)
+    cache = effort.cache
+    if cache is not None:  # these are the other model's scores
+        cache = replace(cache, key=f"{weights_sha256(reference)} {reference.dtype}")
+    scores = score(reference, examples, pad_id=pad_id, batch_tokens=effort.batch_tokens, cache=cache)
     sums: dict[int, tuple[float, int]] = {}
     for row, found in zip(owners, scores, strict=True):
         nll, tokens = sums.get(id(row), (0.0, 0))

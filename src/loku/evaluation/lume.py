@@ -12,11 +12,12 @@ from torch import nn
 from loku.data.sources import Rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.membership import membership_auc
 from loku.evaluation.metrics import harmonic_mean, rougeL_recall
-from loku.evaluation.probing import continue_texts, example_text, plain_set, score_texts
+from loku.evaluation.probing import ask, example_text, plain_set, score_texts
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 
@@ -100,6 +101,7 @@ def evaluate_lume(
     keep_text: bool = False,
     identity: Identity | None = None,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Measure a model as the task's evaluation script does: bare inputs, greedy answers of at most 256 tokens.
 
@@ -130,14 +132,26 @@ def evaluate_lume(
     sets, texts = {}, []
     for name, rows in chosen.items():
         prompts = [row["input"] for row in rows]
-        said = continue_texts(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows, progress=advance
+        judged, said = ask(
+            model,
+            tokenizer,
+            prompts,
+            lambda place, text, rows=rows: _value(rows[place], text),  # type: ignore[misc]
+            names=tuple(KINDS.values()),
+            keys=[f"{kind_of(row['id'])} {row['output']}" for row in rows],
+            max_new_tokens=max_new_tokens,
+            keep_text=keep_text,
+            batch_rows=batch_rows,
+            progress=advance,
+            cache=cache,
         )
-        numbers = [_numbers(index, row, text) for index, (row, text) in enumerate(zip(rows, said, strict=True))]
+        tasks = [TASKS.index(row["task"]) + 1 for row in rows]
+        pairs = enumerate(zip(tasks, judged, strict=True))
+        numbers = [{"index": index, "task": task} | value for index, (task, value) in pairs]
         sets[name] = plain_set(numbers, KINDS.values(), identity.seed)
         if keep_text:
-            pairs = enumerate(zip(rows, said, strict=True))
-            texts += [example_text(name, index, row["input"], row["output"], text) for index, (row, text) in pairs]
+            asked = enumerate(zip(rows, said, strict=True))
+            texts += [example_text(name, index, row["input"], row["output"], text) for index, (row, text) in asked]
     values = task_values(sets)
     aggregate = task_aggregate(values)
     summary = values | ({} if aggregate is None else {"task_aggregate": aggregate})
@@ -148,7 +162,9 @@ def evaluate_lume(
         for name in ("members", "nonmembers"):
             chosen[name] = list(data[name].rows[:max_rows])
             documents = [row["document"] for row in chosen[name]]
-            scored = score_texts(model, tokenizer, documents, max_length=max_length, batch_tokens=batch_tokens)
+            scored = score_texts(
+                model, tokenizer, documents, max_length=max_length, batch_tokens=batch_tokens, cache=cache
+            )
             sets[name] = plain_set(scored, ("exact_memorisation",), identity.seed)
         losses = [[row["nll"] for row in sets[name].per_example] for name in ("members", "nonmembers")]
         auc = membership_auc(*losses)
@@ -171,10 +187,9 @@ def evaluate_lume(
     )
 
 
-def _numbers(index: int, row: Mapping[str, Any], said: str) -> dict[str, float]:
+def _value(row: Mapping[str, Any], said: str) -> dict[str, float]:
     kind = kind_of(row["id"])
-    value = rougeL_recall(said, row["output"]) if kind == "sc" else knowledge(said, row["output"])
-    return {"index": index, "task": TASKS.index(row["task"]) + 1, KINDS[kind]: value}
+    return {KINDS[kind]: rougeL_recall(said, row["output"]) if kind == "sc" else knowledge(said, row["output"])}
 
 
 def _notes(values: Mapping[str, float], mmlu: float | None) -> Sequence[str]:

@@ -13,11 +13,12 @@ from torch import nn
 from loku.data.sources import SUFFIXES, Rows, load_rows
 from loku.errors import InputError, suggestion
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.membership import attack_aucs, distances, priv_leak
 from loku.evaluation.metrics import rouge
-from loku.evaluation.probing import continue_texts, encode_text, example_text, plain_set, score_texts
+from loku.evaluation.probing import ask, encode_text, example_text, plain_set, score_texts
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 from loku.models import context_length
@@ -34,6 +35,7 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "forget": ("privleak", "forget", ("text",)),
     "holdout": ("privleak", "holdout", ("text",)),
 }
+ROUGE = ("rougeL_f1", "rougeL_recall")
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 STOPS = ("\n\n", "\nQuestion", "Question:")  # an answer ends before the first of them
 MAX_LENGTH = 4096  # tokens of a text for PrivLeak; less where the model reads less
@@ -99,6 +101,7 @@ def evaluate_muse(
     identity: Identity | None = None,
     warnings: Sequence[str] = (),
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Measure the parts of MUSE that there are, as the official code does.
 
@@ -130,11 +133,23 @@ def evaluate_muse(
     for name in (name for name in _ASKED if name in rows):
         prompts, answers = _questions(tokenizer, name, rows)
         limit = VERBMEM_TOKENS if name.startswith("verbmem") else KNOWMEM_TOKENS
-        said = continue_texts(model, tokenizer, prompts, max_new_tokens=limit, batch_rows=batch_rows, progress=advance)
-        if name.startswith("knowmem"):
-            said = [first_answer(text) for text in said]
-        numbers = [_rouge(*pair) | {"index": index} for index, pair in enumerate(zip(said, answers, strict=True))]
-        sets[name] = plain_set(numbers, ("rougeL_f1", "rougeL_recall"), identity.seed)
+        cut = first_answer if name.startswith("knowmem") else str
+        numbers, said = ask(
+            model,
+            tokenizer,
+            prompts,
+            lambda row, text, cut=cut, answers=answers: _rouge(cut(text), answers[row]),  # type: ignore[misc]
+            names=ROUGE,
+            keys=[f"{cut.__name__} {answer}" for answer in answers],
+            max_new_tokens=limit,
+            keep_text=keep_text,
+            batch_rows=batch_rows,
+            progress=advance,
+            cache=cache,
+        )
+        numbers = [row | {"index": index} for index, row in enumerate(numbers)]
+        sets[name] = plain_set(numbers, ROUGE, identity.seed)
+        said = [cut(text) for text in said]
         if keep_text:
             triples = zip(prompts, answers, said, strict=True)
             texts += [example_text(name, index, *triple) for index, triple in enumerate(triples)]
@@ -143,7 +158,7 @@ def evaluate_muse(
     if "forget" in rows and "holdout" in rows:
         for name in ("forget", "holdout"):
             found = [row["text"] for row in rows[name]]
-            scored = score_texts(model, tokenizer, found, max_length=length, batch_tokens=batch_tokens)
+            scored = score_texts(model, tokenizer, found, max_length=length, batch_tokens=batch_tokens, cache=cache)
             sets[name] = plain_set(scored, ("exact_memorisation", "extraction_strength"), identity.seed)
         aucs = attack_aucs(sets["forget"].per_example, sets["holdout"].per_example)
         leak, leak_notes = _leak(aucs, corpus, reference)

@@ -10,7 +10,9 @@ from torch import nn
 from loku.data.encoding import Encoder
 from loku.data.prompts import TagTemplate
 from loku.data.records import Record
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS, generate
+from loku.evaluation.judging import judged
 from loku.evaluation.measuring import Measured
 from loku.evaluation.metrics import bootstrap
 from loku.evaluation.results import SetResults
@@ -35,6 +37,7 @@ def continue_texts(
     special: bool = True,
     batch_rows: int = BATCH_ROWS,
     progress: Callable[[int], None] | None = None,
+    cache: BatchCache | None = None,
 ) -> list[str]:
     """Return greedy continuations of texts, not stripped and without special tokens.
 
@@ -42,12 +45,75 @@ def continue_texts(
     """
     ids = [encode_text(tokenizer, prompt, special=special) for prompt in prompts]
     check_fits(model, tokenizer, max(map(len, ids), default=0))
-    found = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_rows=batch_rows, progress=progress)
+    found = generate(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
     return [tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in found]
 
 
+def ask(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    judge: Callable[[int, str], dict[str, float]],
+    *,
+    names: Sequence[str],
+    keys: Sequence[str],
+    max_new_tokens: int,
+    keep_text: bool = False,
+    special: bool = True,
+    batch_rows: int = BATCH_ROWS,
+    progress: Callable[[int], None] | None = None,
+    cache: BatchCache | None = None,
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Continue texts greedily and judge each continuation; return the numbers, and the texts with `keep_text` only.
+
+    `names` are those of the numbers, `keys` the references (see `judged`). `cache` keeps continuations with
+    `keep_text`, and numbers without. Raises InputError when a prompt is longer than what the model reads.
+    """
+    if keep_text:
+        said = continue_texts(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            special=special,
+            batch_rows=batch_rows,
+            progress=progress,
+            cache=cache,
+        )
+        return [judge(row, text) for row, text in enumerate(said)], said
+    ids = [encode_text(tokenizer, prompt, special=special) for prompt in prompts]
+    check_fits(model, tokenizer, max(map(len, ids), default=0))
+    found = judged(
+        model,
+        tokenizer,
+        ids,
+        lambda row, said: judge(row, tokenizer.decode(list(said), skip_special_tokens=True)),
+        names=names,
+        keys=keys,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
+    return found, []
+
+
 def score_texts(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], *, max_length: int, batch_tokens: int = BATCH_TOKENS
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_tokens: int = BATCH_TOKENS,
+    cache: BatchCache | None = None,
 ) -> list[dict[str, float]]:
     """Return the numbers of texts scored whole, in windows of at most `max_length` tokens where they are longer."""
     encoder = Encoder(tokenizer, TagTemplate(), max_length=max_length)
@@ -56,7 +122,7 @@ def score_texts(
     check_fits(model, tokenizer, max((len(window.input_ids) for own in windows for window in own), default=0))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     examples = [window for own in windows for window in own]
-    scores = iter(score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens))
+    scores = iter(score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens, cache=cache))
     pairs = zip(records, windows, strict=True)
     return [Measured(record, "", [], answer=[next(scores) for _ in own]).numbers() for record, own in pairs]
 

@@ -15,10 +15,11 @@ from loku.data.prompts import ChatTemplate, Template, render_chat
 from loku.data.sources import SUFFIXES, Rows, load_rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.metrics import exact_match, rouge
-from loku.evaluation.probing import continue_texts, example_text, plain_set
+from loku.evaluation.probing import ask, example_text, plain_set
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import Results
 
@@ -70,6 +71,7 @@ def evaluate_rwku(
     keep_text: bool = False,
     identity: Identity | None = None,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Ask RWKU's probes: greedy answers of at most 30 tokens, up to the end of the first line.
 
@@ -94,25 +96,22 @@ def evaluate_rwku(
     chat = isinstance(template, ChatTemplate)
     for name, rows in chosen.items():
         prompts = [_prompt(tokenizer, template, row) for row in rows]
-        said = continue_texts(
+        numbers, said = ask(
             model,
             tokenizer,
             prompts,
+            lambda place, text, rows=rows: _value(rows[place], text),  # type: ignore[misc]
+            names=METRICS,
+            keys=[row["answer"] for row in rows],
             max_new_tokens=max_new_tokens,
+            keep_text=keep_text,
             special=not chat,
             batch_rows=batch_rows,
             progress=advance,
+            cache=cache,
         )
-        said = [text.split("\n")[0] for text in said]
-        numbers = [
-            {
-                "index": index,
-                "rougeL_recall": rouge(text, row["answer"], stemmer=False).recall,
-                "exact_match": exact_match(text, [row["answer"]]),
-                "refusal_rate": is_refusal(text),
-            }
-            for index, (row, text) in enumerate(zip(rows, said, strict=True))
-        ]
+        numbers = [{"index": index} | value for index, value in enumerate(numbers)]
+        said = [first_line(text) for text in said]
         sets[name] = plain_set(numbers, METRICS, identity.seed)
         if name == "forget_level3":
             attacks = attack_means([row["type"] for row in rows], [row["rougeL_recall"] for row in numbers])
@@ -131,6 +130,17 @@ def evaluate_rwku(
         summary={name: found.metrics["rougeL_recall"].mean for name, found in sets.items()} | attacks,
         texts=texts,
     )
+
+
+def first_line(text: str) -> str:
+    """Return an answer up to the end of its first line."""
+    return text.split("\n")[0]
+
+
+def _value(row: Mapping[str, Any], text: str) -> dict[str, float]:
+    said, answer = first_line(text), row["answer"]
+    values = rouge(said, answer, stemmer=False).recall, exact_match(said, [answer]), is_refusal(said)
+    return dict(zip(METRICS, values, strict=True))
 
 
 def attack_means(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
