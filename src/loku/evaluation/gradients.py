@@ -28,7 +28,8 @@ def gradient_norms(
     loss = -mean log p over the supervised tokens that `answers` selects (the answer without the end of sequence), as
     in open-unlearning's `mia_gradnorm` (p = 2), but with dropout off. Every weight tensor of a float type counts,
     trainable or not; those that the loss does not reach do not. The processes share the examples, and `cache` keeps
-    each norm. The model's gradients and `requires_grad` are left as they were. Raises InputError for a model without any such tensor.
+    each norm. The model's gradients and `requires_grad` are left as they were. Raises InputError for a
+    model without any such tensor.
     """
     weights = [item for item in model.parameters() if item.is_floating_point()]
     if not weights:

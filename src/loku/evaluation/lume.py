@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.membership import membership_auc
 from loku.evaluation.metrics import harmonic_mean, rougeL_recall
-from loku.evaluation.probing import ask, example_text, plain_set, score_texts
+from loku.evaluation.probing import Probe, ask, example_text, plain_set, score_texts
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 
@@ -121,30 +122,26 @@ def evaluate_lume(
             kind_of(row["id"])
             if row["task"] not in TASKS:
                 raise InputError(f"--{name} has the task '{row['task']}'.", f"Tasks are {', '.join(TASKS)}.")
-    total, done = sum(map(len, chosen.values())), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, "generating")
-
+    probes = {
+        name: [
+            Probe(row["input"], partial(_value, row), f"{kind_of(row['id'])} {row['output']}", max_new_tokens)
+            for row in rows
+        ]
+        for name, rows in chosen.items()
+    }
+    answers = ask(
+        model,
+        tokenizer,
+        probes,
+        tuple(KINDS.values()),
+        keep_text=keep_text,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
     sets, texts = {}, []
     for name, rows in chosen.items():
-        prompts = [row["input"] for row in rows]
-        judged, said = ask(
-            model,
-            tokenizer,
-            prompts,
-            lambda place, text, rows=rows: _value(rows[place], text),  # type: ignore[misc]
-            names=tuple(KINDS.values()),
-            keys=[f"{kind_of(row['id'])} {row['output']}" for row in rows],
-            max_new_tokens=max_new_tokens,
-            keep_text=keep_text,
-            batch_rows=batch_rows,
-            progress=advance,
-            cache=cache,
-        )
+        judged, said = answers[name]
         tasks = [TASKS.index(row["task"]) + 1 for row in rows]
         pairs = enumerate(zip(tasks, judged, strict=True))
         numbers = [{"index": index, "task": task} | value for index, (task, value) in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from loku.data.records import Record
 from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS, generate
 from loku.evaluation.judging import judged
-from loku.evaluation.measuring import Measured
+from loku.evaluation.measuring import Measured, Progress
 from loku.evaluation.metrics import bootstrap
 from loku.evaluation.results import SetResults
 from loku.evaluation.scoring import BATCH_TOKENS, score
@@ -37,7 +37,6 @@ def continue_texts(
     special: bool = True,
     batch_rows: int = BATCH_ROWS,
     progress: Callable[[int], None] | None = None,
-    cache: BatchCache | None = None,
 ) -> list[str]:
     """Return greedy continuations of texts, not stripped and without special tokens.
 
@@ -45,65 +44,86 @@ def continue_texts(
     """
     ids = [encode_text(tokenizer, prompt, special=special) for prompt in prompts]
     check_fits(model, tokenizer, max(map(len, ids), default=0))
-    found = generate(
-        model,
-        tokenizer,
-        ids,
-        max_new_tokens=max_new_tokens,
-        batch_rows=batch_rows,
-        progress=progress,
-        cache=cache,
-    )
+    found = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_rows=batch_rows, progress=progress)
     return [tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in found]
+
+
+class Probe(NamedTuple):
+    """A text to continue by at most `limit` tokens, what makes numbers of the continuation, and what that rests on.
+
+    `key` names the judgement and the reference answer: with another key a cached judgement is not found.
+    """
+
+    prompt: str
+    judge: Callable[[str], dict[str, float]]
+    key: str
+    limit: int
 
 
 def ask(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str],
-    judge: Callable[[int, str], dict[str, float]],
-    *,
+    sets: Mapping[str, Sequence[Probe]],
     names: Sequence[str],
-    keys: Sequence[str],
-    max_new_tokens: int,
+    *,
     keep_text: bool = False,
     special: bool = True,
     batch_rows: int = BATCH_ROWS,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
     cache: BatchCache | None = None,
-) -> tuple[list[dict[str, float]], list[str]]:
-    """Continue texts greedily and judge each continuation; return the numbers, and the texts with `keep_text` only.
+) -> dict[str, tuple[list[dict[str, float]], list[str]]]:
+    """Continue the probes of all sets together, greedily, and judge each continuation.
 
-    `names` are those of the numbers, `keys` the references (see `judged`). `cache` keeps continuations with
-    `keep_text`, and numbers without. Raises InputError when a prompt is longer than what the model reads.
+    Returns each set's numbers (under some of `names`), and its texts, as decoded, with `keep_text` only. `cache` keeps
+    continuations with `keep_text`, and numbers without. Raises InputError when a prompt is longer than what the model
+    reads.
     """
+    probes = [probe for found in sets.values() for probe in found]
+    ids = [encode_text(tokenizer, probe.prompt, special=special) for probe in probes]
+    check_fits(model, tokenizer, max(map(len, ids), default=0))
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, len(probes), "generating")
+
+    def decoded(said: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(said), skip_special_tokens=True))
+
+    limits = [probe.limit for probe in probes]
+    texts: list[str] = []
     if keep_text:
-        said = continue_texts(
+        answers = generate(
             model,
             tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            special=special,
+            ids,
+            max_new_tokens=limits,
             batch_rows=batch_rows,
-            progress=progress,
+            progress=advance,
             cache=cache,
         )
-        return [judge(row, text) for row, text in enumerate(said)], said
-    ids = [encode_text(tokenizer, prompt, special=special) for prompt in prompts]
-    check_fits(model, tokenizer, max(map(len, ids), default=0))
-    found = judged(
-        model,
-        tokenizer,
-        ids,
-        lambda row, said: judge(row, tokenizer.decode(list(said), skip_special_tokens=True)),
-        names=names,
-        keys=keys,
-        max_new_tokens=max_new_tokens,
-        batch_rows=batch_rows,
-        progress=progress,
-        cache=cache,
-    )
-    return found, []
+        texts = [decoded(answer.ids) for answer in answers]
+        numbers = [probe.judge(text) for probe, text in zip(probes, texts, strict=True)]
+    else:
+        numbers = judged(
+            model,
+            tokenizer,
+            ids,
+            lambda row, said: probes[row].judge(decoded(said)),
+            names=names,
+            keys=[probe.key for probe in probes],
+            max_new_tokens=limits,
+            batch_rows=batch_rows,
+            progress=advance,
+            cache=cache,
+        )
+    found, start = {}, 0
+    for name, own in sets.items():
+        found[name] = numbers[start : start + len(own)], texts[start : start + len(own)]
+        start += len(own)
+    return found
 
 
 def score_texts(

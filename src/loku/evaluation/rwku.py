@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.metrics import exact_match, rouge
-from loku.evaluation.probing import ask, example_text, plain_set
+from loku.evaluation.probing import Probe, ask, example_text, plain_set
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import Results
 
@@ -84,32 +85,28 @@ def evaluate_rwku(
     """
     started, identity = time.monotonic(), identity or Identity()
     chosen = {name: list(found.rows[:max_rows]) for name, found in data.items()}
-    total, done = sum(map(len, chosen.values())), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, "generating")
-
-    sets, texts, attacks = {}, [], {}
     chat = isinstance(template, ChatTemplate)
+    probes = {
+        name: [
+            Probe(_prompt(tokenizer, template, row), partial(_value, row), row["answer"], max_new_tokens)
+            for row in rows
+        ]
+        for name, rows in chosen.items()
+    }
+    answers = ask(
+        model,
+        tokenizer,
+        probes,
+        METRICS,
+        keep_text=keep_text,
+        special=not chat,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
+    sets, texts, attacks = {}, [], {}
     for name, rows in chosen.items():
-        prompts = [_prompt(tokenizer, template, row) for row in rows]
-        numbers, said = ask(
-            model,
-            tokenizer,
-            prompts,
-            lambda place, text, rows=rows: _value(rows[place], text),  # type: ignore[misc]
-            names=METRICS,
-            keys=[row["answer"] for row in rows],
-            max_new_tokens=max_new_tokens,
-            keep_text=keep_text,
-            special=not chat,
-            batch_rows=batch_rows,
-            progress=advance,
-            cache=cache,
-        )
+        numbers, said = answers[name]
         numbers = [{"index": index} | value for index, value in enumerate(numbers)]
         said = [first_line(text) for text in said]
         sets[name] = plain_set(numbers, METRICS, identity.seed)
@@ -134,7 +131,7 @@ def evaluate_rwku(
 
 def first_line(text: str) -> str:
     """Return an answer up to the end of its first line."""
-    return text.split("\n")[0]
+    return text.split("\n", maxsplit=1)[0]
 
 
 def _value(row: Mapping[str, Any], text: str) -> dict[str, float]:
