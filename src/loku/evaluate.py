@@ -20,6 +20,7 @@ from loku.evaluation.open_unlearning import write_evaluation
 from loku.evaluation.paired import across_seeds, compare
 from loku.evaluation.results import Results, read_results, write_results
 from loku.evaluation.sharing import is_first, several_processes
+from loku.evaluation.utility import utility_figures
 from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_json, write_text
 from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
@@ -61,6 +62,7 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
 
 def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Results:
     """Load the model, measure it, and write the results."""
+    work.check()
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -102,6 +104,8 @@ def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
         if results.suite in ("own", "tofu"):
             print_table({"model": results})
             _print_membership(results)
+            for name, figure in utility_figures(results).items():
+                console.print(f"{name}: {figure:.4g}")
         else:
             print_suite(results)
         if results.verdict:

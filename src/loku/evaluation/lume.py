@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from loku.data.sources import Rows
+from loku.data.sources import SUFFIXES, Rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
 from loku.evaluation.cache import BatchCache
@@ -22,6 +24,8 @@ from loku.evaluation.probing import Probe, ask, example_text, plain_set, score_t
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 
+# The public split of SemEval-2025 task 4; LUME itself, about twice as large, is a repository of files (amazon-science).
+HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 TASKS = ("Task1", "Task2", "Task3")
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 COLUMNS = ("id", "input", "output", "task")
@@ -30,6 +34,23 @@ NEW_TOKENS = 256
 MAX_LENGTH = 2048  # tokens of a membership text
 MMLU_LEAST = 0.371  # 75 % of the 7B target's MMLU, below which the task did not rank a model
 _PROBE = re.compile(r'(sc|qa)\d+"?$')
+
+
+def lume_source(name: str, data_dir: str | Path | None = None) -> str:
+    """Return where LUME's `forget` or `retain` rows are: `<data_dir>/lume` (by default in $LOKU_DATA_DIR), or the hub.
+
+    The hub has SemEval's public rows, train and validation together. Raises InputError when a folder `lume` is there
+    but lacks the file.
+    """
+    base = data_dir or os.environ.get("LOKU_DATA_DIR")
+    folder = None if base is None else Path(base) / "lume"
+    if folder is None or not folder.is_dir():
+        return f"{HUB}:{name}_train+{name}_validation"
+    files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    found = next((str(file) for file in files if file.is_file()), None)
+    if found is None:
+        raise InputError(f"--{name} is missing.", f"Give a file of LUME's rows, or --data-dir with lume/{name}.jsonl.")
+    return found
 
 
 def kind_of(identifier: str) -> str:

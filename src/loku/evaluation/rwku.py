@@ -24,6 +24,7 @@ from loku.evaluation.probing import Probe, ask, example_text, plain_set
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import Results
 
+HUB = "jinzhuoran/RWKU"
 PROBES = ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2")
 COLUMNS = ("level", "type", "query", "answer")
 NEW_TOKENS = 30
@@ -31,19 +32,19 @@ METRICS = ("rougeL_recall", "exact_match", "refusal_rate")
 
 
 def load_rwku(data_dir: str | Path | None = None) -> dict[str, Rows]:
-    """Return the probes found under `<data_dir>/rwku` (by default under $LOKU_DATA_DIR).
+    """Return the probes under `<data_dir>/rwku` (by default under $LOKU_DATA_DIR), or all of them from the hub.
 
-    Raises InputError when there is none.
+    Raises InputError when a folder `rwku` is there but holds none, and when the hub cannot be reached.
     """
     base = data_dir or os.environ.get("LOKU_DATA_DIR")
-    folder = Path(base or ".") / "rwku"
+    folder = None if base is None else Path(base) / "rwku"
+    if folder is None or not folder.is_dir():
+        return {name: load_rows(f"{HUB}/{name}:test", COLUMNS, option="--suite rwku") for name in PROBES}
     files = {name: [folder / f"{name}{suffix}" for suffix in SUFFIXES] for name in PROBES}
     paths = {name: next((path for path in found if path.is_file()), None) for name, found in files.items()}
-    if base is None or not any(paths.values()):
+    if not any(paths.values()):
         raise InputError(
-            "No probes of RWKU were found: suite rwku reads local files."
-            if base is None
-            else f"The folder '{folder}' holds no probes of RWKU.",
+            f"The folder '{folder}' holds no probes of RWKU.",
             f"Give --data-dir a folder with rwku/{PROBES[0]}.jsonl and the like.",
         )
     return {name: load_rows(path, COLUMNS, option="--data-dir") for name, path in paths.items() if path is not None}
