@@ -50,7 +50,7 @@ def cases(model, folder):
     common = {"model": str(model), "data_dir": str(folder), "max_new_tokens": 6}
     own = {"forget": str(folder / "forget.jsonl"), "holdout": str(folder / "holdout.jsonl")}
     return {
-        "own": common | own | {"extras": "gradient_norm,memo", "reference_model": str(model)},
+        "own": common | own | {"extras": "gradient_norm,memo,sampling", "reference_model": str(model)},
         "tdec": common | {
             "suite": "tdec", "data": str(folder / "text.jsonl"), "validation": str(folder / "unseen.jsonl"),
             "max_length": 30,

@@ -216,7 +216,7 @@ class EvaluateOptions(ModelOptions):
         "with any suite, or alone with --suite utility: tasks of lm-eval by name, and local rows as lambada=FILE, "
         "pubmedqa=FILE, perplexity=FILE, dialogue=FILE; comma-separated",
     )
-    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, comma-separated")
+    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, sampling, comma-separated")
     reference_model: str | None = option(
         None, "suites own and tofu: a model that judges how likely the generated answers are"
     )

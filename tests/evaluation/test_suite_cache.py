@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from builders import byte_level_tokenizer, tiny_model
 from loku.config import EvaluateOptions
 from loku.data.prompts import TagTemplate
-from loku.evaluation import generation, gradients, scoring
+from loku.evaluation import generation, gradients, sampling, scoring
 from loku.evaluation.cache import BatchCache
 from loku.suites import Loaded
 from suite_cases import cases, make_files, measure, small_batches
@@ -49,6 +49,7 @@ def computed(monkeypatch):
 
     watch(scoring, "tree_statistics", "scored")
     watch(generation, "decode", "decoded")
+    watch(sampling, "decode", "decoded")
     watch(gradients, "_norm", "gradients")
     small_batches(monkeypatch)
     return counts
@@ -112,7 +113,7 @@ def test_no_text_and_no_token_id_is_kept(tmp_path, model_folder, data, computed)
     for file in (tmp_path / "cache").iterdir():
         for parts in load_file(file).values():
             assert parts.dtype.kind in "fb" or parts.dtype == np.int64
-        assert file.name.startswith(("scores-", "judged-", "gradient-"))
+        assert file.name.startswith(("scores-", "judged-", "gradient-", "sampled-"))
 
 
 def test_another_reference_is_judged_again(tmp_path, model_folder, data, computed):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -61,18 +61,20 @@ def decode(
     limits: Sequence[int],
     stops: Sequence[int],
     pad_id: int,
+    choose: Callable[[Tensor, Sequence[int]], Tensor] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily by at most its limit (at least 1) of tokens, up to and without a stop token.
+    """Continue each prompt by at most its limit (at least 1) of tokens, up to and without a stop token.
 
-    The first of equally likely tokens is taken, as by `model.generate`. The model must be one that `decodes_plainly`,
-    in eval mode and without gradients.
+    Greedily, and the first of equally likely tokens is taken, as by `model.generate`; or by `choose`, which gets logits
+    (rows x vocabulary) with the prompts' places and returns a token for each. The model must be one that
+    `decodes_plainly`, in eval mode and without gradients.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     decoder = Decoder(model, prompts, pad_id)
     rows = list(range(len(prompts)))  # the prompt that each row of the cache continues
     alive = set(rows)
     while True:
-        chosen = decoder.logits.argmax(dim=-1)
+        chosen = decoder.logits.argmax(dim=-1) if choose is None else choose(decoder.logits, rows)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row not in alive:
                 continue

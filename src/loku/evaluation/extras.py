@@ -12,12 +12,13 @@ from loku.data.encoding import IGNORE, Example
 from loku.data.prompts import Template
 from loku.errors import InputError, suggestion
 from loku.evaluation.gradients import gradient_norms
-from loku.evaluation.measuring import Effort, Measured
+from loku.evaluation.measuring import LEAST_NEW_TOKENS, TEXT_NEW_TOKENS, Effort, Measured
 from loku.evaluation.memo import memo_scores
+from loku.evaluation.sampling import sampled_recall
 from loku.evaluation.scoring import score
 from loku.models import check_fits, weights_sha256
 
-EXTRAS = ("gradient_norm", "memo")
+EXTRAS = ("gradient_norm", "memo", "sampling")
 
 
 def parse_extras(text: str) -> tuple[str, ...]:
@@ -52,12 +53,15 @@ def add_extras(
     extras: Sequence[str] = (),
     reference_model: nn.Module | None = None,
     effort: Effort,
+    seed: int = 42,
 ) -> None:
     """Put the asked-for figures into measured rows.
 
     `gradient_norm` goes to forget and holdout rows (windows of running text are averaged), `memo_precision` and
-    `memo_recall` to forget rows, and with a reference model `output_nll` to every row: the mean NLL per token, in nats,
-    of what the model generated, under the reference model and after the same prompt. An empty answer has none.
+    `memo_recall` to forget rows; `sampling` gives forget rows `sampled_rougeL_max` and `sampled_rougeL_mean`, ROUGE-L
+    recall over 16 answers sampled at temperature 1 (windows of running text are averaged). With a reference model every
+    row gets `output_nll`: the mean NLL per token, in nats, of what the model generated, under the reference model and
+    after the same prompt. An empty answer has none.
     """
     if "gradient_norm" in extras:
         chosen = [row for name in ("forget", "holdout") for row in measured.get(name, ())]
@@ -73,9 +77,35 @@ def add_extras(
         for row, memo in zip(rows, found, strict=True):
             if memo is not None:
                 row.more |= {"memo_precision": memo.precision, "memo_recall": memo.recall}
+    if "sampling" in extras:
+        _add_samples(model, tokenizer, measured.get("forget", ()), effort, seed)
     if reference_model is not None:
         everything = [row for rows in measured.values() for row in rows]
         _add_output_nll(reference_model, tokenizer, everything, effort)
+
+
+def _add_samples(model: nn.Module, tokenizer: Any, rows: Sequence[Measured], effort: Effort, seed: int) -> None:
+    parts = [(row, part) for row in rows for part in range(len(row.prompts))]
+    limits = [
+        TEXT_NEW_TOKENS if row.record.is_text else max(LEAST_NEW_TOKENS, 2 * row.answer[0].tokens + 8)
+        for row, _ in parts
+    ]
+    if effort.max_new_tokens is not None:
+        limits = [min(limit, effort.max_new_tokens) for limit in limits]
+    found = sampled_recall(
+        model,
+        tokenizer,
+        [row.prompts[part] for row, part in parts],
+        [row.references[part if row.record.is_text else 0] for row, part in parts],
+        max_new_tokens=limits,
+        seed=seed,
+        batch_rows=effort.batch_rows,
+        cache=effort.cache,
+    )
+    for (row, _), values in zip(parts, found, strict=True):
+        for name, value in (("max", max(values)), ("mean", sum(values) / len(values))):
+            key = f"sampled_rougeL_{name}"
+            row.more[key] = row.more.get(key, 0.0) + value / len(row.prompts)
 
 
 def _add_output_nll(reference: nn.Module, tokenizer: Any, rows: Sequence[Measured], effort: Effort) -> None:
