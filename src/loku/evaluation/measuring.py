@@ -105,7 +105,8 @@ class Measured:
             values["exact_match"] = _mean([metrics.exact_match(item.text, [text]) for item, text in pairs])
         elif self.generations:
             said = self.generations[0].text
-            values["rougeL_recall"] = metrics.rougeL_recall(said, self.references[0])
+            words = metrics.rouge(said, self.references[0])
+            values["rougeL_recall"], values["rougeL_f1"] = words.recall, words.f1
             values["rouge1_recall"] = metrics.rouge(said, self.references[0], "rouge1").recall
             values["refusal_rate"] = is_refusal(said)
             values["exact_match"] = metrics.exact_match(said, self.references)
