@@ -354,6 +354,7 @@ class DemoOptions(Options):
     """Options of `loku demo`."""
 
     output: str = option("demo", "folder to write")
+    full: bool = option(False, "also attack the models unlearned by ihl and loku: a minute more")
     seed: int = seed_option(0, "seed of corpus and training")
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from loku.assessment import AssessmentRows, assess
+from loku.attack import attack_run
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.data.encoding import Encoder
 from loku.data.fiction import REPLAY_SHARE, fiction_model_config, fiction_tokenizer, mix_replay
@@ -52,6 +53,8 @@ def run_step(step: Step) -> None:
         _pretrain(step)
     elif kind == "unlearn":
         _unlearn(step, method)
+    elif kind == "attack":
+        _attack(step, method)
     else:
         _finetune(step, kind)
 
@@ -168,3 +171,16 @@ def _unlearn(step: Step, method: str) -> None:
         reference=load_reference(step.folder / "retain-only" / "results.json"),
     )
     assess(run_job(job, run, options, rows), job, run, options, rows)
+
+
+def _attack(step: Step, method: str) -> None:
+    """Run every attack on a method's run; the pretrained model is the wrong base for its adapter."""
+    data = step.folder / "data"
+    attack_run(
+        step.folder / "runs" / method,
+        retain=str(data / "retain.jsonl"),
+        holdout=str(data / "holdout.jsonl"),
+        other_base=str(step.folder / "pretrained"),
+        device="cpu",
+        seed=step.seed,
+    )
