@@ -21,8 +21,9 @@ from loku.evaluation.reference import Reference, check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.files import replace_file
 from loku.job import Job, UnlearnResult
-from loku.models import check_model_source, load_config, load_model, load_tokenizer
+from loku.models import check_model_source, load_config, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
+from loku.record import write_record
 from loku.report.card import write_model_card
 from loku.report.html import write_report
 from loku.runs import RunFolder
@@ -114,6 +115,7 @@ def assess(
             measured = _measure(result, job, run, options, rows)
     run.record["seconds"]["total"] = round(sum(v for k, v in run.record["seconds"].items() if k != "total"), 3)
     run.update(status="finished")
+    record = write_record(run.path, job.forget)
     write_model_card(
         result.adapter,
         run=run.record,
@@ -122,6 +124,7 @@ def assess(
         retain_only=measured["retain_only"].to_json() if "retain_only" in measured else None,
         kind="model" if options.tune == "full" else "adapter",
         base_model=options.model or "unknown",
+        record="../record.json",
     )
     if measured:
         print_table(measured)
@@ -131,6 +134,7 @@ def assess(
         for warning in measured["unlearned"].warnings:
             print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
+    console.print(f"record: {record} (to hand over; keep {record.with_suffix('.salt').name} to yourself)")
     adapter = run.record["adapter"]
     if adapter["rank"] is not None:
         console.print(f"adapter: {result.adapter} (ordinary LoRA of rank {adapter['rank']} on the untouched base)")
@@ -190,7 +194,12 @@ def _measure(
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
-        measured["retain_only"] = measure("retain_only", retain_only, model_name=rows.retain_only_model)
+        measured["retain_only"] = measure(
+            "retain_only",
+            retain_only,
+            model_name=rows.retain_only_model,
+            model_sha256=weights_sha256(retain_only),
+        )
         del retain_only
         reference = load_reference(write_results(measured["retain_only"], run.path, role="retain_only"))
     measured["unlearned"] = measure(

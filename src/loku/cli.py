@@ -15,8 +15,10 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    RecordOptions,
     ReportOptions,
     UnlearnOptions,
+    VerifyOptions,
     read_recipe,
     resolve,
 )
@@ -30,6 +32,8 @@ VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "unlearn": (UnlearnOptions, "the main job: model + forget set (+ retain set) in, adapter + report out"),
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
     "export": (ExportOptions, "ordinary LoRA, rank-truncated LoRA, or merged model"),
+    "record": (RecordOptions, "the unlearning record of a finished run, to hand over"),
+    "verify": (VerifyOptions, "recompute the hashes and a share of the figures of a record, and say what differs"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
     "methods": (None, "list every method: family, needs, cost, when to use it"),
 }
@@ -62,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run"):  # positional
+        if name in ("folders", "run", "record"):  # positional
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -83,7 +87,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
 
 
 def _positional(cls: type[Options] | None) -> str:
-    names: dict[type[Options], str] = {ReportOptions: "folder ... ", ExportOptions: "run "}
+    names: dict[type[Options], str] = {
+        ReportOptions: "folder ... ", ExportOptions: "run ", RecordOptions: "run ", VerifyOptions: "record.json ",
+    }  # fmt: skip
     return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
 
@@ -107,6 +113,10 @@ def build_parser() -> Parser:
             sub.add_argument("folders", nargs="+", help="run or evaluation folders; several are compared")
         elif cls is ExportOptions:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
+        elif cls is RecordOptions:
+            sub.add_argument("run", help=cls.fields()["run"].metadata["help"])
+        elif cls is VerifyOptions:
+            sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)
