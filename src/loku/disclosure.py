@@ -21,7 +21,7 @@ from loku.report.card import public_name, public_source
 
 FEW_ROWS = 20  # the hash of a smaller set is keyed, too: so little text could be guessed as a whole
 SCHEME = (
-    "HMAC-SHA256, keyed with the bytes of the salt, of the row's fields as canonical JSON (sorted keys, no blanks, UTF-8)"
+    "HMAC-SHA256 of the row's fields as canonical JSON (sorted keys, no blanks, UTF-8), keyed with the salt's bytes"
 )
 MODELS = ("model", "retain_only_model", "level_model")  # settings that name models; DATA name rows or other files
 DATA = ("forget", "retain", "holdout", "general", "importance", "prompt_template", "refusals")
@@ -75,7 +75,8 @@ def command_line(settings: Mapping[str, Any], hardware: Mapping[str, Any]) -> st
         given["threads"] = settings.get("threads") or hardware.get("threads")
     given = {"method": settings.get("method")} | given
     if not settings.get("model") or not settings.get("forget"):
-        return f"loku.unlearn(model, tokenizer, forget, retain, output, {', '.join(f'{n}={v!r}' for n, v in given.items())})"
+        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"loku.unlearn(model, tokenizer, forget, retain, output, {options})"
     parts = ["loku", "unlearn"]
     for name, value in given.items():
         if isinstance(value, bool):

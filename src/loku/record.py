@@ -1,7 +1,7 @@
 """The unlearning record: what was asked, done and found, in one JSON file that can be handed over. It holds no texts.
 
-`record.json` lies in the run folder beside `record.salt`, the key of its row hashes: the record can be published without
-the salt, and whoever has the salt and a row can tell whether the row was in the forget set.
+`record.json` lies in the run folder beside `record.salt`, the key of its row hashes: the record can be published
+without the salt, and whoever has the salt and a row can tell whether the row was in the forget set.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CLAIM = {
         "That the information is gone from the weights: the figures say how the model answered the questions that were "
         "asked, and which attempts to bring the knowledge back succeeded.",
         "That attacks which were not run would fail.",
-        "That other copies are clean: the base model, its training data, backups and caches are untouched by unlearning.",
+        "That other copies are clean: unlearning does not touch the base model, its training data, backups and caches.",
         "That the record is what its maker first wrote: hashes show that files belong together, a signature shows who "
         "vouches for them.",
     ],
@@ -195,6 +195,7 @@ def figures_of(results: Mapping[str, Any], file: str) -> dict[str, Any]:
         "file": file,
         "model": model | {"name": public_name(str(model.get("name")))},
         "suite": results.get("suite"),
+        "settings": section(results, "settings"),
         "sets": sets,
         "summary": section(results, "summary"),
     }
@@ -229,13 +230,6 @@ def _outcome(low: float | None, high: float | None) -> str:
     if high is not None and high <= SURVIVED:
         return "survived"
     return "not survived" if low is not None and low > SURVIVED else "undecided"
-
-
-
-
-
-
-
 
 
 def settings_of(folder: str | Path) -> dict[str, Any]:
@@ -297,11 +291,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
-
-
 def _results(folder: Path) -> dict[str, dict[str, Any]]:
     return {role: read_object(folder / n, RESTORE) for role, n in RESULT_FILES.items() if (folder / n).is_file()}
-
 
 
 def _now() -> str:
