@@ -12,8 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from loku.config import VerifyOptions
 from loku.data.sources import RecordSet, load_records
 from loku.disclosure import keyed_hash, row_hash
@@ -42,11 +40,9 @@ def verify_from_options(options: VerifyOptions) -> None:
         json.dump(outcome(found), sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")
     else:
-        table = Table("", "", "", box=None, pad_edge=False, show_header=False)
         for check in found.checks:
-            mark = {"equal": "equal", "different": "[bold red]DIFFERENT[/bold red]"}.get(check.status, check.status)
-            table.add_row(mark, check.what, check.detail)
-        console.print(table)
+            line = f"{check.status:<12} {check.what}" + (f": {check.detail}" if check.detail else "")
+            console.print(line, style="bold red" if check.status == "different" else None, markup=False)
         console.print(", ".join(f"{count[name]} {name}" for name in ("equal", "different", "not checked")))
         console.print(found.record["claim"]["statement"] if at(found.record, "claim", "statement") else "")
     if count["different"]:

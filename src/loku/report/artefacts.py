@@ -36,6 +36,7 @@ class RunFolder:
     examples: dict[str, list[dict[str, Any]]]
     hashes: dict[str, str]
     problems: list[str] = field(default_factory=list)
+    record: dict[str, Any] | None = None  # record.json, where the run has one
 
     @property
     def name(self) -> str:
@@ -96,6 +97,7 @@ def read_folder(path: str | Path) -> RunFolder:
         examples={role: rows for role, rows in examples.items() if rows},
         hashes={name: sha256_file(path / name) for name in sorted(hashed) if (path / name).is_file()},
         problems=problems,
+        record=_read_object(path / "record.json"),
     )
 
 
@@ -140,6 +142,8 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _restore(path: Path) -> str:
+    if path.name == "record.json":
+        return "Restore the file from a copy, or write it again with `loku record`."
     verb = "loku unlearn" if path.name in ("run.json", "metrics.jsonl") else "loku evaluate"
     return f"Restore the file from a copy, or write it again with `{verb}`."
 
