@@ -179,9 +179,15 @@ def result_of(folder: Path, adapter: Mapping[str, Any]) -> dict[str, Any]:
         "form": "lora",
         "folder": "adapter",
         "sha256": adapter.get("sha256"),
-        "config_sha256": sha256_file(config) if config.is_file() else None,
+        "config_sha256": adapter_settings_sha256(config) if config.is_file() else None,
         "rank": adapter.get("rank"),
     }
+
+
+def adapter_settings_sha256(config: Path) -> str:
+    """Return the hash of an adapter_config.json's content, but for where its base model lies."""
+    found = read_object(config, RESTORE)
+    return sha256_json({name: value for name, value in found.items() if name != "base_model_name_or_path"})
 
 
 def figures_of(results: Mapping[str, Any], file: str) -> dict[str, Any]:

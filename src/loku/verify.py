@@ -19,7 +19,7 @@ from loku.errors import InputError, LokuError
 from loku.files import sha256_file
 from loku.options import flag
 from loku.progress import console
-from loku.record import FILE, digest_of, facts, form_errors, read_record, settings_of
+from loku.record import FILE, adapter_settings_sha256, digest_of, facts, form_errors, read_record, settings_of
 from loku.remeasure import figures_that_do_not_follow
 from loku.report.artefacts import at
 from loku.verification import Verification, listed
@@ -160,12 +160,14 @@ def _check_result(found: Verification) -> Path | None:
         lost = bool(found.options.adapter) or (found.folder / "run.json").is_file()
         found.say("adapter", False if lost else None, "is not there")
         return None
-    for what, name, sha in (
-        ("weights", "adapter_model.safetensors", result["sha256"]),
-        ("settings", wanted, result.get("config_sha256")),
-    ):
-        file = folder / name
-        found.say(f"{what} of the adapter", file.is_file() and sha256_file(file) == sha)
+    weights = folder / "adapter_model.safetensors"
+    found.say("weights of the adapter", weights.is_file() and sha256_file(weights) == result["sha256"])
+    try:
+        settings = adapter_settings_sha256(folder / wanted)
+    except InputError as error:
+        found.say("settings of the adapter", False, error.given)
+    else:
+        found.say("settings of the adapter", settings == result.get("config_sha256"))
     return folder
 
 

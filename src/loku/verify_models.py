@@ -78,7 +78,10 @@ def _load(found: Verification, option: str, name: str, dtype: str, source: Any) 
     """Load a model from where it is, or note that it was not checked. What was given must be usable."""
     given = getattr(found.options, option)
     places = [str(given)] if given else [str(source), str(found.folder / str(source))] if source else []
+    reason = "where it is is not known"
     for place in places:
+        if not given and "/" not in place and not Path(place).is_dir():
+            continue  # the last part of a path, not the id of some model on the hub
         try:
             return load_model(
                 place, dtype=dtype, device=found.options.device, trust_remote_code=found.options.trust_remote_code
@@ -87,7 +90,7 @@ def _load(found: Verification, option: str, name: str, dtype: str, source: Any) 
             if given:
                 raise
             reason = error.given
-    found.say(f"weights of {name}", None, reason if places else "where it is is not known")
+    found.say(f"weights of {name}", None, reason)
     return None
 
 
