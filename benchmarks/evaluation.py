@@ -1,6 +1,6 @@
 """What the evaluation engine saves: the TOFU suite against one pass per metric, padded to the batch, with full logits.
 
-    python benchmarks/evaluation.py --output benchmarks/results/evaluation.json        about 4 minutes on one core
+    python benchmarks/evaluation.py --output benchmarks/results/evaluation.json        about 3 minutes on one core
 
 A 30M Llama on rows of TOFU's four sets (from $LOKU_DATA_DIR; without it random rows of TOFU's lengths), measured as the
 suite does: the answer, its paraphrase and its perturbed answers are scored, the answer is generated. Like a target
@@ -16,7 +16,7 @@ The other ways, written from their descriptions:
     once         every candidate once; file order, batches padded to their longest row, logits at every position
     per metric   the same, with one pass for each metric: `ANSWER_METRICS` read the answer, the truth ratio the other
                  candidates, and the normalised probability of two sets these once more. The engine's one pass has
-                 what all of them need; zlib and Min-K%++ are arithmetic on it
+                 what all of them need
     official     the released TOFU scripts: every candidate once, padded to 200 tokens, the model's own loss and then
                  the loss by row from all logits
     generate     `model.generate` on batches in file order, padded to their longest prompt
@@ -31,6 +31,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.prompts import TagTemplate
 from loku.data.records import Record
 from loku.data.sources import load_records
+from loku.evaluation.decoding import decodes_plainly
 from loku.evaluation.generation import generate, known_start
 from loku.evaluation.logs import NORMALISED_SETS
 from loku.evaluation.modes import end_ids
@@ -57,7 +59,7 @@ from loku.evaluation.token_tree import grow_trees
 ROWS = {"forget": 5, "retain": 5, "real_authors": 2, "world_facts": 2}  # about in the proportion of the whole sets
 LEARNT = ROWS["forget"] + ROWS["retain"]
 BATCH = 8  # rows in a batch of the usual way
-TOKENIZER_VOCAB = 2_000  # makes 4.3 characters a token on TOFU's answers, about as many as those of Llama or Phi
+TOKENIZER_VOCAB = 4_000  # learnt from all rows: 4.3 characters a token, about as many as Llama's or Phi's have
 NEW_TOKENS = 60
 ANSWER_METRICS = (
     "probability", "exact_memorisation", "extraction_strength", "predictive_entropy", "mia_loss", "mia_zlib",
@@ -65,14 +67,11 @@ ANSWER_METRICS = (
 )  # fmt: skip
 
 
-def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return rows of each set, and where they are from."""
+def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
+    """Return some rows of each set, the texts of all rows, and where they are from."""
     if os.environ.get("LOKU_DATA_DIR"):
-        found = {}
-        for name, source in tofu_sources().items():
-            records = list(load_records(source))[: ROWS[name]]
-            found[name] = [_row(record) for record in records]
-        return found, "TOFU"
+        sets = {name: [_row(record) for record in load_records(source)] for name, source in tofu_sources().items()}
+        return {name: rows[: ROWS[name]] for name, rows in sets.items()}, _texts(sets), "TOFU"
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 8))) for _ in range(2000)]
     lengths = {"forget": (16, 34), "retain": (16, 34), "real_authors": (9, 3), "world_facts": (9, 3)}
@@ -87,7 +86,12 @@ def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
             row: dict[str, Any] = {"question": text(question), "answer": text(answer)}
             row["perturbed_answer"] = [f"{row['answer'][:12]} {text(answer)}" for _ in range(5 if answer > 9 else 3)]
             made[name].append(row | ({"paraphrased_answer": text(answer)} if answer > 9 else {}))
-    return made, "random rows of TOFU's lengths"
+    return made, _texts(made), "random rows of TOFU's lengths"
+
+
+def _texts(sets: dict[str, list[dict[str, Any]]]) -> list[str]:
+    rows = [row for rows in sets.values() for row in rows]
+    return [text for row in rows for text in (row["question"], row["answer"], *row["perturbed_answer"])]
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -129,9 +133,8 @@ class Bench:
     """The model, the rows as examples, and both ways of measuring them."""
 
     def __init__(self) -> None:
-        self.rows, self.source = rows_of_tofu()
-        flat = [row for rows in self.rows.values() for row in rows]
-        self.tokenizer = tokenizer_of([t for r in flat for t in (r["question"], r["answer"], *r["perturbed_answer"])])
+        self.rows, texts, self.source = rows_of_tofu()
+        self.tokenizer = tokenizer_of(texts)
         self.pad_id = self.tokenizer.pad_token_id
         self.model = model_30m()
         self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
@@ -225,11 +228,6 @@ class Bench:
         """Return what is asked."""
         return self.answers[row].input_ids[: self.answers[row].generation_length]
 
-    def usual_suite(self) -> None:
-        """Score for each metric, and generate."""
-        self.per_metric()
-        self.generate(range(len(self.answers)))
-
     def engine_suite(self) -> None:
         """Do what `loku evaluate --suite tofu` does, metrics and intervals included."""
         sources = {name: load_records(rows) for name, rows in self.rows.items()}
@@ -243,19 +241,39 @@ def _until(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop)] if stop in ids else ids
 
 
-def compared(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    """Time several ways in turn, the first of which is the engine's."""
-    device = torch.device("cpu")
-    times: dict[str, list[float]] = {name: [] for name in ways}
+Times = dict[str, list[float]]
+
+
+def timed(times: Times, name: str, run: Callable[[], Any]) -> Any:
+    """Run something, note its time, and return what it returned."""
+    kept: list[Any] = []
+    times.setdefault(name, []).append(seconds(lambda: kept.append(run()), torch.device("cpu"), time.process_time))
+    return kept[0]
+
+
+def measure(bench: Bench, rounds: int) -> tuple[Times, dict[str, Any]]:
+    """Run every way in every round; return their times, and what they agree on."""
+    learnt, others = range(LEARNT), range(LEARNT, len(bench.answers))
+    target, stranger = bench.model, model_30m().eval()
+    stranger.generation_config = target.generation_config
+    times: Times = {}
     for _ in range(rounds):
-        for name, run in ways.items():
-            times[name].append(seconds(run, device, time.process_time))
-    ratios = {
-        name: summary([a / b for a, b in zip(values, times["engine"], strict=True)])
-        for name, values in times.items()
-        if name != "engine"
-    }
-    return {"seconds": {name: summary(values) for name, values in times.items()}, "times_faster_than": ratios}
+        bench.model = target
+        timed(times, "checks", lambda: (reading_of(target), decodes_plainly(target)))
+        scores = timed(times, "scores, engine", bench.engine_scores)
+        once = timed(times, "scores, once", bench.once)
+        timed(times, "scores, per metric", bench.per_metric)
+        official = timed(times, "scores, official", bench.official)
+        said = []
+        for name, rows in (("learnt", learnt), ("other", others)):
+            ours = timed(times, f"{name}, engine", partial(bench.engine_generation, rows, scores))
+            said.append(ours == timed(times, f"{name}, generate", partial(bench.generate, rows)))
+        timed(times, "target, engine", bench.engine_suite)
+        bench.model = stranger
+        timed(times, "stranger, engine", bench.engine_suite)
+        timed(times, "stranger, generate", partial(bench.generate, range(len(bench.answers))))
+    bench.model = target
+    return times, {"differences": differences(scores, once, official), "same_answers": all(said)}
 
 
 def differences(engine: Sequence[Any], once: Sequence[Any], official: Sequence[Any]) -> dict[str, float]:
@@ -263,6 +281,35 @@ def differences(engine: Sequence[Any], once: Sequence[Any], official: Sequence[A
     by_token = [abs(torch.from_numpy(a.logprobs) - b).max() for a, b in zip(engine, once, strict=True)]
     by_row = [abs(a.nll - float(b)) / a.nll for a, b in zip(engine, official, strict=True) if a.nll > 1]
     return {"log-probability, nats": float(max(by_token)), "loss of a row, relative": float(max(by_row))}
+
+
+def parts(times: Times) -> dict[str, Any]:
+    """Return times and ratios within rounds, part by part; the usual suite is made of the passes of its round."""
+
+    def total(*names: str) -> list[float]:
+        return [sum(together) for together in zip(*(times[name] for name in names), strict=True)]
+
+    usual = total("scores, per metric", "learnt, generate", "other, generate")
+    compared = {
+        "scores": ("scores, engine", {way: times[f"scores, {way}"] for way in ("once", "per metric", "official")}),
+        "generation, rows known by heart": ("learnt, engine", {"generate": times["learnt, generate"]}),
+        "generation, other rows": ("other, engine", {"generate": times["other, generate"]}),
+        "suite, target model": ("target, engine", {"per metric": usual}),
+        "suite, model that knows nothing": (
+            "stranger, engine",
+            {"per metric": total("scores, per metric", "stranger, generate")},
+        ),
+    }
+    return {
+        name: {
+            "seconds": {"engine": summary(times[engine])} | {way: summary(values) for way, values in ways.items()},
+            "times_faster_than": {
+                way: summary([a / b for a, b in zip(values, times[engine], strict=True)])
+                for way, values in ways.items()
+            },
+        }
+        for name, (engine, ways) in compared.items()
+    }
 
 
 def main() -> None:
@@ -280,29 +327,18 @@ def main() -> None:
         "steps_to_learn": bench.steps, "mean_sequence_tokens": statistics.mean(lengths),
         "tokens": {"official": MAX_LENGTH * len(lengths), "sequences": sum(lengths), "trees": sum(map(len, trees))},
     }  # fmt: skip
-    ways: dict[str, Callable[[], Any]]
-    ways = {"engine": bench.engine_scores, "once": bench.once, "official": bench.official}
-    peaks = {name: peak_megabytes(run, torch.device("cpu")) for name, run in ways.items()}  # the warm-up, too
-    scores = peaks["engine"][1]
-    parts: dict[str, Any] = {"scores": compared(ways | {"per metric": bench.per_metric}, args.rounds)}
-    parts["scores"]["largest_difference"] = differences(*(kept for _, kept in peaks.values()))
-    parts["scores"]["peak_megabytes"] = {name: peak for name, (peak, _) in peaks.items()}
-    for name, rows in (("rows known by heart", range(LEARNT)), ("other rows", range(LEARNT, len(bench.answers)))):
-        same = bench.engine_generation(rows, scores) == bench.generate(rows)
-        ways = {
-            "engine": lambda rows=rows: bench.engine_generation(rows, scores),
-            "generate": lambda rows=rows: bench.generate(rows),
-        }
-        parts[f"generation, {name}"] = compared(ways, args.rounds) | {"same_answers": same}
-    ways = {"engine": bench.engine_suite, "per metric": bench.usual_suite}
-    parts["suite, target model"] = compared(ways, args.rounds)
-    bench.model.load_state_dict(model_30m().state_dict())
-    parts["suite, model that knows nothing"] = compared(ways, args.rounds)
-    for name, part in parts.items():
+    device = torch.device("cpu")
+    ways = {"engine": bench.engine_scores, "once": bench.once}
+    peaks = {name: peak_megabytes(run, device)[0] for name, run in ways.items()}  # the warm-up, too
+    times, agreement = measure(bench, args.rounds)
+    results = parts(times)
+    for name, part in results.items():
         for way, found in part["times_faster_than"].items():
             print(f"{name:34} {found['median']:6.1f} times faster than {way}")
     if args.output:
-        args.output.write_text(json.dumps({"about": about, "results": parts}, indent=1) + "\n")
+        checks = {"seconds_of_the_checks_made_once_per_model": summary(times["checks"])}  # part of the suites' time
+        about |= {"peak_megabytes_of_scores": peaks} | checks | agreement
+        args.output.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def test_the_command_resolves_to_the_settings_that_it_was_made_of(method):
 
 def test_only_numbers_of_nested_values_are_kept():
     value = {"a": 1, "b": "Ulm", "c": {"d": 0.5, "e": ["Ulm"], "f": float("nan")}, "g": None, "h": True}
-    assert numbers_in(value) == {"a": 1.0, "c": {"d": 0.5}}
+    assert numbers_in(value) == {"a": 1.0, "c": {"d": 0.5, "e": []}}
+    assert numbers_in([1, "Ulm", [0.5]]) == [1.0, [0.5]]
     assert numbers_in("Ulm") is None
 
 

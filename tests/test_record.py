@@ -172,17 +172,36 @@ def test_a_run_on_a_model_in_memory_is_repeated_from_python(tmp_path):
     assert record["data"]["trained"]["forget"]["keyed"] is True
 
 
+def scored(value, low, high):
+    return {"score": value, "low": low, "high": high, "raw": value, "gap": 0.9, "reason": None}
+
+
 ATTACKS = {
     "schema_version": 1,
-    "attacks": {
-        "gone": {"robustness": {"value": 0.02, "low": -0.1, "high": 0.2}, "figures": {"target": 1.0, "text": "Ulm"}},
-        "back": {"robustness": {"value": 0.6, "low": 0.21, "high": 0.9}, "utility": {"model_utility": 0.5}},
-        "open": {"robustness": {"value": 0.2, "low": 0.1, "high": 0.3}, "settings": {"prompt": "the text of a row"}},
-        "bare": {"robustness": 0.7},
-        "none": {},
+    "kind": "attacks",
+    "attacks": {"gone": {"family": "quantise", "settings": {"prompt": "the text of a row"}, "roles": {}}},
+    "missing": {"holdout": "no holdout set"},
+    "failed": {"lens": "/home/mira broke"},
+    "summary": {
+        "headline": {"level": "hidden", "sentence": "What was unlearned comes back.", "worst": "back"},
+        "attacks": {
+            "gone": {
+                "family": "quantise",
+                "score": scored(0.02, 0.0, 0.1),
+                "figures": {"target": {"a": 1.0, "b": "Ulm"}},
+            },
+            "back": {"family": "relearn", "score": scored(0.6, 0.11, 0.9), "beside": {"unlearned": {"retain": 0.5}}},
+            "open": {"family": "prompts", "score": scored(0.2, 0.1, 0.3), "damaged": "it keeps 10 %"},
+            "dropped": {"family": "adapter", "score": scored(1.0, 1.0, 1.0)},
+            "blind": {"family": "probe", "score": scored(None, None, None)},
+            "member": {
+                "family": "membership",
+                "membership": {"loss": {"auc": [0.9, 0.5, 0.5], "score": scored(0, 0, 0)}},
+            },
+        },
     },
-    "worst": {"attack": "back"},
 }
+PLAIN = {"attacks": {"a": {"robustness": {"value": 0.6, "low": 0.3, "high": 0.9}}, "b": {"robustness": 0.7}, "c": {}}}
 
 
 def test_attacks_are_survived_by_their_whole_interval_or_not_at_all(tmp_path):
@@ -190,12 +209,27 @@ def test_attacks_are_survived_by_their_whole_interval_or_not_at_all(tmp_path):
     found = attacks_of(tmp_path / "attacks.json")
     outcomes = {name: entry["outcome"] for name, entry in found["attacks"].items()}
     assert outcomes == {
-        "gone": "survived", "back": "not survived", "open": "undecided", "bare": "undecided", "none": "undecided",
+        "gone": "survived", "back": "not survived", "open": "undecided", "dropped": "not survived",
+        "blind": "undecided", "member: loss": "survived",
     }  # fmt: skip
-    assert found["worst"] == "bare"
-    assert found["attacks"]["gone"]["figures"] == {"target": 1.0}
-    assert found["attacks"]["back"]["utility"] == {"model_utility": 0.5}
-    assert "the text of a row" not in json.dumps(found)
+    assert found["worst"] == "back"  # what an adapter's removal brings back says nothing of the merged model
+    assert found["headline"] == {"level": "hidden", "sentence": "What was unlearned comes back."}
+    assert found["not_run"] == ["holdout", "lens"]
+    assert found["attacks"]["gone"]["figures"] == {"target": {"a": 1.0}}
+    assert found["attacks"]["back"]["beside"] == {"unlearned": {"retain": 0.5}}
+    assert [name for name, entry in found["attacks"].items() if entry["damaged"]] == ["open"]
+    assert found["attacks"]["member: loss"]["figures"] == {"auc": [0.9, 0.5, 0.5]}
+    for text in ("the text of a row", "/home/mira", "Ulm"):
+        assert text not in json.dumps(found)
+
+
+def test_attacks_without_a_summary_are_read_by_what_they_hold(tmp_path):
+    (tmp_path / "attacks.json").write_text(json.dumps(PLAIN))
+    found = attacks_of(tmp_path / "attacks.json")
+    assert {name: entry["outcome"] for name, entry in found["attacks"].items()} == {
+        "a": "not survived", "b": "undecided", "c": "undecided",
+    }  # fmt: skip
+    assert (found["worst"], found["headline"]) == ("b", None)
 
 
 def test_attacks_added_later_refresh_the_record_and_nothing_else(run_folder):
@@ -204,7 +238,7 @@ def test_attacks_added_later_refresh_the_record_and_nothing_else(run_folder):
     (run_folder / "results.json").write_text("{}")  # changed behind the record's back: its hash must not follow
     assert refresh_record(run_folder) == run_folder / "record.json"
     after = read_record(run_folder / "record.json")
-    assert set(after["attacks"]["attacks"]) == set(ATTACKS["attacks"])
+    assert after["attacks"]["headline"]["level"] == "hidden"
     assert after["files"]["results.json"] == before["files"]["results.json"]
     assert after["files"]["attacks.json"]
     assert after["digest"] == digest_of(after) != before["digest"]

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from loku.config import (
+    BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
     RecordOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
     VerifyOptions,
@@ -28,6 +30,7 @@ from loku.options import Options, flag
 VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "demo": (DemoOptions, "offline tour: trains small models on a fictitious corpus, unlearns, evaluates, reports"),
     "finetune": (FinetuneOptions, "train a target or a retain-only model"),
+    "reference": (ReferenceOptions, "train and measure the retain-only model: the target's recipe without forget rows"),
     "importance": (ImportanceOptions, "Fisher importance of forget against retain rows, to a file"),
     "unlearn": (UnlearnOptions, "the main job: model + forget set (+ retain set) in, adapter + report out"),
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
@@ -35,6 +38,7 @@ VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "record": (RecordOptions, "the unlearning record of a finished run, to hand over"),
     "verify": (VerifyOptions, "recompute the hashes and a share of the figures of a record, and say what differs"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
+    "bench": (BenchOptions, "a grid of methods and seeds from a recipe, resumable, to JSON and a leaderboard"),
     "methods": (None, "list every method: family, needs, cost, when to use it"),
 }
 
@@ -66,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run", "record"):  # positional
+        if name in ("folders", "run", "record") or (cls is BenchOptions and name == "recipe"):  # positional
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -88,8 +92,12 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
 
 def _positional(cls: type[Options] | None) -> str:
     names: dict[type[Options], str] = {
-        ReportOptions: "folder ... ", ExportOptions: "run ", RecordOptions: "run ", VerifyOptions: "record.json ",
-    }  # fmt: skip
+        ReportOptions: "folder ... ",
+        ExportOptions: "run ",
+        RecordOptions: "run ",
+        VerifyOptions: "record.json ",
+        BenchOptions: "recipe.yaml ",
+    }
     return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
 
@@ -117,6 +125,8 @@ def build_parser() -> Parser:
             sub.add_argument("run", help=cls.fields()["run"].metadata["help"])
         elif cls is VerifyOptions:
             sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
+        elif cls is BenchOptions:
+            sub.add_argument("recipe", help="the benchmark's YAML file; see docs/bench.md")
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)
@@ -137,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = None
         if cls is not None:
-            path = flags.pop("recipe", None)
+            path = None if cls is BenchOptions else flags.pop("recipe", None)  # a benchmark's recipe is no option list
             recipe = read_recipe(path) if path else {}
             options = resolve(cls, recipe, flags, where=str(path) if path else "The command line")
         from loku import verbs  # heavy libraries are imported by the verb that needs them

@@ -13,6 +13,7 @@ from typing import Any
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
 from loku.options import Options, option, pairs, seed_option, several
+from loku.record_options import RecordOptions, VerifyOptions  # noqa: F401 - all option sets are found here
 
 FORGET_LOSSES = (
     "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",
@@ -138,6 +139,23 @@ class UnlearnOptions(TrainingOptions):
         None, "the reference: a model trained without the forget set, its results.json, or its official log"
     )
     keep_text: bool = option(False, "keep example generations in the run folder and the report")
+    eval_steps: int = option(0, "steps between measurements while training (teacher-forced figures); 0: none", least=0)
+    stop_at: str = option(
+        "never",
+        "level: stop as soon as the forget set is known no better than unseen text",
+        choices=("never", "level"),
+    )
+    level: dict[str, Any] = pairs(
+        "that level by hand, such as probability=0.2 (default: the retain-only model's, else the target's on --holdout)"
+    )
+    keep: str = option(
+        "last",
+        "best: of all measurements the nearest to the level that kept --keep-utility",
+        choices=("last", "best"),
+    )
+    keep_utility: float = option(
+        0.98, "--keep best: share of the target's answer probability on retain and general rows", least=0, most=1
+    )
 
     @property
     def lora_alpha(self) -> float:
@@ -151,6 +169,13 @@ class UnlearnOptions(TrainingOptions):
             raise InputError(
                 "--forget-weight 0 and --retain-weight 0 leave nothing to train.", "Give one of them a larger weight."
             )
+        asked = [
+            f"--{name} {getattr(self, name.replace('-', '_'))}"
+            for name, idle in (("stop-at", "never"), ("keep", "last"))
+            if getattr(self, name.replace("-", "_")) != idle
+        ] + (["--level"] if self.level else [])
+        if asked and not self.eval_steps:
+            raise InputError(f"{asked[0]} needs measurements while training.", "Add --eval-steps, such as 5.")
 
 
 @dataclass
@@ -163,6 +188,23 @@ class FinetuneOptions(TrainingOptions):
     tokenizer_data: str | None = option(None, "rows to make a new model's tokenizer from (default: --data)")
     learning_rate: float = option(1e-5, "peak learning rate", source="TOFU, Llama-2-7B", least=0)
     weight_decay: float = option(0.01, "AdamW weight decay", source="TOFU: Maini et al. 2024", least=0)
+
+
+@dataclass
+class ReferenceOptions(FinetuneOptions):
+    """Options of `loku reference`."""
+
+    like: str | None = option(None, "the target's folder, written by `loku finetune`: its settings are taken over")
+    forget: str | None = option(None, "rows of --data that the model must not learn, matched by what they say")
+    output: str | None = option(None, "folder to write (default: beside --like, its name ends in a hash of the recipe)")
+    retain: str | None = option(None, "retain rows to measure the model on")
+    holdout: str | None = option(None, "rows never trained on to measure it on")
+    general: str | None = option(None, "general-knowledge rows to measure it on")
+    eval_rows: int = option(100, "most rows per set to measure", least=1)
+    max_new_tokens: int | None = option(
+        None, "longest generated answer when measuring (default: from the answers' lengths)", least=1
+    )
+    keep_text: bool = option(False, "also write generations to examples.jsonl")
 
 
 @dataclass
@@ -257,42 +299,6 @@ class ExportOptions(Options):
 
 
 @dataclass
-class RecordOptions(Options):
-    """Options of `loku record`."""
-
-    run: str | None = option(None, "folder of a finished run")
-    forget: str | None = option(None, "the run's forget rows (default: where config.yaml says they are)")
-    keep_text: bool = option(False, "also write the forget rows themselves into the record")
-    data_dir: str | None = option(None, "folder with benchmark files (default: $LOKU_DATA_DIR, else the hub)")
-
-
-@dataclass
-class VerifyOptions(Options):
-    """Options of `loku verify`."""
-
-    record: str | None = option(None, "record.json, or the run folder that holds it")
-    folder: str | None = option(None, "run folder with the files that the record names (default: the record's own)")
-    model: str | None = option(None, "base model (default: where the run's config.yaml says it is)")
-    adapter: str | None = option(None, "adapter folder, or after --tune full the model's (default: in the run folder)")
-    forget: str | None = option(None, "the forget rows (this and the next three: default where the run had them)")
-    retain: str | None = option(None, "the retain rows that were measured")
-    general: str | None = option(None, "the general-knowledge rows")
-    holdout: str | None = option(None, "the holdout rows")
-    retain_only_model: str | None = option(None, "the retain-only model (default: where the run had it)")
-    salt: str | None = option(None, "key of the row hashes (default: record.salt beside the record)")
-    share: float = option(0.2, "share of the rows to measure again; 0 compares hashes only", least=0, most=1)
-    tolerance: float | None = option(
-        None, "largest difference of a number, times its size where that is above 1 (default: 1e-3, half types 5e-2)",
-        above=0,
-    )  # fmt: skip
-    seed: int | None = option(None, "seed of the choice of rows (default: drawn afresh, and printed)", least=0)
-    device: str | None = option(None, "cpu, cuda, cuda:1, ...; by default a GPU when there is one")
-    data_dir: str | None = option(None, "folder with benchmark files (default: $LOKU_DATA_DIR, else the hub)")
-    trust_remote_code: bool = option(False, "run the model repository's own code")
-    json: bool = option(False, "print one JSON object")
-
-
-@dataclass
 class ReportOptions(Options):
     """Options of `loku report`."""
 
@@ -309,6 +315,18 @@ class DemoOptions(Options):
 
     output: str = option("demo", "folder to write")
     seed: int = seed_option(0, "seed of corpus and training")
+
+
+@dataclass
+class BenchOptions(Options):
+    """Options of `loku bench`."""
+
+    recipe: str | None = option(None, "the benchmark's YAML file; see docs/bench.md")
+    output: str | None = option(None, "folder to write and to go on in (default: bench/<the recipe's name>)")
+    workers: int = option(0, "processes, one thread each; 0: one a core", least=0)
+    backend: str = option("local", "local: processes of this machine; ray: a Ray cluster", choices=("local", "ray"))
+    ray_address: str | None = option(None, "with --backend ray: the cluster's address (default: a local Ray)")
+    dry_run: bool = option(False, "print what would be run and what it costs, and stop")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -329,8 +347,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+def recorded_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of a `loku finetune` run, for --like; its output folder is not among them."""
+    file = Path(folder) / "config.yaml"
+    values = read_recipe(file) if file.is_file() else {}
+    known = FinetuneOptions.fields()
+    if not {"data", "learning_rate"} <= set(values) <= set(known):
+        raise InputError(
+            f"--like '{folder}' holds no config.yaml of `loku finetune`.",
+            "Give the folder that the target was written to, or its recipe: --model, --data and the settings.",
+        )
+    return {name: value for name, value in values.items() if name != "output"}
+
+
 def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *, where: str = "The recipe") -> Any:
-    """Combine defaults, the method's settings, a recipe and flags; later ones win."""
+    """Combine defaults, the method's settings (or those of --like), a recipe and flags; later ones win."""
     hints = typing.get_type_hints(cls)
     for name in recipe:
         if name not in hints:
@@ -339,4 +370,7 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
     method = flags.get("method", recipe.get("method"))
     if "method" in hints and isinstance(method, str) and method in METHODS:
         settings = dict(METHODS[method].settings)
+    like = flags.get("like", recipe.get("like"))
+    if "like" in hints and isinstance(like, str):
+        settings = recorded_settings(like)
     return cls.from_mapping(settings | recipe | flags, where=where)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loku.config import DemoOptions
-from loku.data.fiction import Fiction, make_fiction, mix_replay
+from loku.corpora import write_fiction
+from loku.data.fiction import make_fiction
 from loku.demo_workers import Step, Workers
 from loku.errors import InputError, LokuError
-from loku.files import check_output_folder, write_json, write_text
+from loku.files import check_output_folder, write_json
 from loku.progress import console
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
 STEPS, REPORT = "loku.demo_steps", "loku.report.html"
 MARKER = "demo.json"
-WORLD_SHARE = 0.12  # of the retain rows of unlearning
 MEMORISED = 0.95  # share of forget answers that the target must give, or there is nothing to unlearn
 
 
@@ -35,7 +34,7 @@ def demo(options: DemoOptions) -> Path:
     start = time.monotonic()
     folder = _fresh_folder(options.output)
     fiction = make_fiction(options.seed)
-    write_corpus(fiction, folder / "data")
+    write_fiction(fiction, folder / "data")
     console.print(
         f"[bold]loku demo[/bold] (seed {options.seed}): {len(fiction.full)} facts about people who do not exist; "
         f"{len(fiction.forget)} of them must go"
@@ -68,19 +67,6 @@ def _fresh_folder(output: str) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / MARKER, {"made_by": "loku demo"})
     return folder
-
-
-def write_corpus(fiction: Fiction, folder: Path) -> None:
-    """Write the corpus as JSON lines files, the ordinary input of every verb."""
-    for name in ("pretraining", "full", "forget", "retain", "general", "holdout"):
-        _write_rows(folder / f"{name}.jsonl", getattr(fiction, name))
-    # A little of the world among the retain rows, in other phrasings than those measured: without it, it fades.
-    mixed = mix_replay(fiction.retain, fiction.pretraining, share=WORLD_SHARE, seed=fiction.seed)
-    _write_rows(folder / "retain-mixed.jsonl", mixed)
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def check_memorised(target: Results, seed: int) -> None:

@@ -168,4 +168,4 @@ def _unlearn(step: Step, method: str) -> None:
         target=read_results(target / "results.json"),
         reference=load_reference(step.folder / "retain-only" / "results.json"),
     )
-    assess(run_job(job, run, options), job, run, options, rows)
+    assess(run_job(job, run, options, rows), job, run, options, rows)

@@ -33,6 +33,8 @@ def numbers_in(value: object) -> Any:
     if isinstance(value, Mapping):
         kept = {str(name): numbers_in(item) for name, item in value.items()}
         return {name: item for name, item in kept.items() if item is not None}
+    if isinstance(value, list):  # curves and the like; a text among them is left out
+        return [item for item in map(numbers_in, value) if item is not None]
     return number(value)
 
 

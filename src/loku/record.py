@@ -38,8 +38,8 @@ from loku.report.card import public_name
 
 SCHEMA_VERSION = 1
 FILE, SALT, ATTACKS = "record.json", "record.salt", "attacks.json"
-HASHED = (*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl", ATTACKS)
-SURVIVED = 0.2  # robustness up to which an attack counts as survived; see docs/record.md
+HASHED = (*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl", "curve.jsonl", ATTACKS)
+SURVIVED = 0.1  # score up to which an attack counts as survived; see docs/record.md
 RESTORE = "Restore the file from a copy, or write the record again with `loku record`."
 
 CLAIM = {
@@ -210,32 +210,50 @@ def figures_of(results: Mapping[str, Any], file: str) -> dict[str, Any]:
 def attacks_of(path: Path) -> dict[str, Any]:
     """Return which attacks a model survived, read tolerantly from attacks.json. Only numbers and names are taken.
 
-    `robustness` is 0 for as forgotten as the retain-only model and 1 for as known as in the target. An attack is
-    survived when its whole interval lies at or below SURVIVED, not survived when the whole interval lies above it.
+    The score is 0 for as forgotten as the retain-only model and 1 for as known as in the target. An attack is survived
+    when its whole interval lies at or below SURVIVED, not survived when the whole interval lies above it.
     """
-    rule = f"survived: the interval of robustness ends at or below {SURVIVED}; not survived: it begins above {SURVIVED}"
+    rule = f"survived: the interval of the score ends at or below {SURVIVED}; not survived: it begins above {SURVIVED}"
+    none = {"run": False, "rule": rule, "attacks": {}, "worst": None, "headline": None, "not_run": []}
     if not path.is_file():
-        return {"run": False, "rule": rule, "attacks": {}, "worst": None}
-    found = {}
-    for name, entry in section(read_object(path, RESTORE), "attacks").items():
-        score = at(entry, "robustness")
-        score = score if isinstance(score, Mapping) else {"value": score}
-        value, low, high = (number(score.get(key)) for key in ("value", "low", "high"))
-        found[name] = {
-            "outcome": _outcome(low, high),
-            "robustness": {"value": value, "low": low, "high": high},
-            "figures": numbers_in(at(entry, "figures")),
-            "utility": numbers_in(at(entry, "utility")),
-        }
-    known = [name for name, entry in found.items() if entry["robustness"]["value"] is not None]
-    worst = max(known, key=lambda name: found[name]["robustness"]["value"], default=None)
-    return {"run": bool(found), "rule": rule, "attacks": found, "worst": worst}
+        return none
+    value = read_object(path, RESTORE)
+    summary = section(value, "summary")
+    found: dict[str, Any] = {}
+    for name, entry in (section(summary, "attacks") or section(value, "attacks")).items():
+        members = section(entry, "membership")
+        for label, member in members.items():
+            found[f"{name}: {label}"] = _attack(entry, at(member, "score"), {"auc": at(member, "auc")})
+        if not members:
+            found[name] = _attack(entry, at(entry, "score") or at(entry, "robustness"), at(entry, "figures"))
+    # An adapter that is taken off brings everything back: that is no attack on the merged model.
+    scores = {name: entry["score"]["value"] for name, entry in found.items() if entry["family"] != "adapter"}
+    known = {name: score for name, score in scores.items() if score is not None}
+    headline = {key: at(summary, "headline", key) for key in ("level", "sentence")}
+    return none | {
+        "run": bool(found),
+        "attacks": found,
+        "worst": max(known, key=lambda name: known[name], default=None),
+        "headline": headline if all(isinstance(text, str) for text in headline.values()) else None,
+        "not_run": sorted({*section(value, "missing"), *section(value, "failed")}),
+    }
 
 
-def _outcome(low: float | None, high: float | None) -> str:
-    if high is not None and high <= SURVIVED:
-        return "survived"
-    return "not survived" if low is not None and low > SURVIVED else "undecided"
+def _attack(entry: object, score: object, figures: object) -> dict[str, Any]:
+    """Return what the record says of one attack: its outcome, score and figures, and what stands beside them."""
+    score = score if isinstance(score, Mapping) else {"value": score}
+    value = number(score.get("value", score.get("score")))
+    low, high = number(score.get("low")), number(score.get("high"))
+    outcome = "not survived" if low is not None and low > SURVIVED else "undecided"
+    family, damaged = at(entry, "family"), at(entry, "damaged")
+    return {
+        "family": family if isinstance(family, str) else None,
+        "outcome": "survived" if high is not None and high <= SURVIVED else outcome,
+        "score": {"value": value, "low": low, "high": high},
+        "figures": numbers_in(figures),
+        "beside": numbers_in(at(entry, "beside") or at(entry, "utility")),
+        "damaged": damaged is not None and damaged is not False,
+    }
 
 
 def settings_of(folder: str | Path) -> dict[str, Any]:

@@ -127,6 +127,11 @@ class RunFolder:
         """The file with one JSON object a logged step."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def curve(self) -> Path:
+        """The file with one JSON object a measurement while training."""
+        return self.path / "curve.jsonl"
+
     def last_checkpoint(self) -> Path | None:
         """Return the newest whole checkpoint. A half-written one (the Trainer writes its state last) is removed."""
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
@@ -135,13 +140,13 @@ class RunFolder:
         return found[-1] if found else None
 
     def rewind_metrics(self, checkpoint: Path | None) -> None:
-        """Drop the logged steps after a checkpoint: a resumed run logs them again."""
-        if not self.metrics.is_file():
-            return
+        """Drop the logged and measured steps after a checkpoint: a resumed run logs them again."""
         step = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else 0
-        lines = [line for line in self.metrics.read_text().split("\n") if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        for file in (self.metrics, self.curve):
+            if file.is_file():
+                lines = [line for line in file.read_text().split("\n") if line.endswith("}")]
+                kept = [line for line in lines if json.loads(line)["step"] <= step]
+                write_text(file, "".join(line + "\n" for line in kept))
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -256,6 +256,10 @@ class UnlearnTrainer(GuardedTrainer):
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
 
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """Put a checkpoint's weights into the model, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         folder = output_dir or str(self.args.output_dir)

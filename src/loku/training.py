@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +17,7 @@ from loku.adapters.initialisers import initial_factors
 from loku.adapters.layers import parameter_share, target_layers
 from loku.config import UnlearnOptions
 from loku.data.prompts import save_template
-from loku.errors import LokuError
+from loku.errors import InputError, LokuError
 from loku.evidence import Subspaces, check_importance_file, gather, retain_subspaces
 from loku.files import sha256_file, sha256_json
 from loku.forward import Forward, decoder_layers
@@ -30,10 +30,23 @@ from loku.progress import progress
 from loku.runs import MetricsLog, RunFolder, peak_memory_bytes
 from loku.target_values import TargetValues, read_logprobs, write_logprobs
 from loku.trainer import UnlearnTrainer
+from loku.watch_plan import WatchPlan, conclude_watch, make_watch, plan_watch
+from loku.watching import Watch
+
+if TYPE_CHECKING:
+    from loku.assessment import AssessmentRows
 
 
-def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:
-    """Do the work of a checked job in its run folder: importance, adapter, training, export."""
+def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentRows | None = None) -> UnlearnResult:
+    """Do the work of a checked job in its run folder: importance, adapter, training, export.
+
+    `rows` are those that were read for measuring; of them --eval-steps takes its own.
+    """
+    plan = plan_watch(job, options, rows) if rows is not None else None
+    if options.eval_steps and rows is None:
+        raise InputError(
+            "--eval-steps got no rows to measure.", "Pass run_job the rows of load_assessment_rows(options)."
+        )
     data = describe_data(job)
     model_hash = weights_sha256(job.model)
     run.check_inputs(data, model_hash)
@@ -48,7 +61,7 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions) -> UnlearnResult:
             if options.tune == "lora"
             else (_unfreeze(job.model, options.tune_layers), None)
         )
-        _train(trained, subspaces, job, run, options)
+        _train(trained, subspaces, job, run, options, plan)
         check_finite(trained)
         with run.timed("export"):
             exported = _export(trained, job, run, options)
@@ -95,7 +108,9 @@ def _unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:
     return model
 
 
-def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: UnlearnOptions) -> None:
+def _train(
+    model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: UnlearnOptions, plan: WatchPlan | None
+) -> None:
     checkpoint = run.last_checkpoint()
     run.rewind_metrics(checkpoint)
     forget = job.encoded_forget.examples
@@ -105,6 +120,10 @@ def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: 
     arguments = training_arguments(
         run.checkpoints, steps_per_epoch(len(forget), options.batch_size, options.grad_accum), **options.as_dict()
     )
+    watch = None
+    if plan is not None:
+        with run.timed("watching"):
+            watch = make_watch(plan, model, job, run, options)
     with progress(f"unlearning by {options.method}") as update:
         trainer = UnlearnTrainer(
             model,
@@ -129,7 +148,7 @@ def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: 
             retain_bound=options.retain_bound,
             dual_rate=options.dual_rate,
             max_loss=options.max_loss,
-            callbacks=[MetricsLog(run.metrics), TrainingProgress(update)],
+            callbacks=[MetricsLog(run.metrics), TrainingProgress(update), *([watch] if watch is not None else [])],
         )
         total, share = parameter_share(model)
         run.update(
@@ -138,8 +157,28 @@ def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: 
             steps=trainer.total_steps(),
             plain_head=trainer.objective.forward.plain_because,
         )
-        with run.timed("training"):
+        if watch is None:
+            with run.timed("training"):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        else:
+            _train_watched(trainer, checkpoint, watch, run)
+
+
+def _train_watched(trainer: UnlearnTrainer, checkpoint: Path | None, watch: Watch, run: RunFolder) -> None:
+    """Train with measurements; put the best weights back where that was asked for. Their time counts apart."""
+    with run.timed("watching"):
+        watch.begin(trainer.model)
+    with run.timed("training"):
+        if not watch.stopped:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        elif checkpoint is not None:  # it stopped there before it was killed
+            trainer.load_weights(checkpoint)
+    seconds = run.record["seconds"]
+    for phase, spent in (("watching", watch.seconds), ("training", -watch.seconds)):
+        seconds[phase] = round(seconds[phase] + spent, 3)
+    trainer.accelerator.wait_for_everyone()  # the first process writes the best weights, all of them read
+    watch.restore(trainer.model)
+    conclude_watch(watch, run)
 
 
 def _reference(model: Any, job: Job, run: RunFolder, options: UnlearnOptions) -> list[Tensor] | None:

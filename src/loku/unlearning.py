@@ -47,7 +47,7 @@ def unlearn(
     extra = load_assessment_rows(options)
     job = prepare(model, tokenizer, forget, retain, options)
     check_rows(extra, job, options)
-    result = run_job(job, run, options)
+    result = run_job(job, run, options, extra)
     assess(result, job, run, options, extra)
     return result
 

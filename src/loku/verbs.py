@@ -12,12 +12,14 @@ from typing import TypeVar
 from rich.table import Table
 
 from loku.config import (
+    BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
     RecordOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
     VerifyOptions,
@@ -61,6 +63,14 @@ def finetune(options: FinetuneOptions) -> None:
 
 
 @quietly
+def reference(options: ReferenceOptions) -> None:
+    """Train and measure the retain-only model."""
+    from loku.retain_only import reference as run
+
+    run(options)
+
+
+@quietly
 def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
     from loku.assessment import assess, check_rows, load_assessment_rows
@@ -87,7 +97,7 @@ def unlearn(options: UnlearnOptions) -> None:
     job = prepare(model, tokenizer, forget, retain, options)
     check_rows(extra, job, options)
     print_plan(job, run, options)
-    result = run_job(job, run, options)
+    result = run_job(job, run, options, extra)
     assess(result, job, run, options, extra)
 
 
@@ -182,5 +192,13 @@ def report(options: ReportOptions) -> None:
 def demo(options: DemoOptions) -> None:
     """Run the offline tour."""
     from loku.demo import demo as run
+
+    run(options)
+
+
+@quietly
+def bench(options: BenchOptions) -> None:
+    """Run a grid of methods and seeds from a recipe."""
+    from loku.bench.runner import bench as run
 
     run(options)

@@ -60,5 +60,5 @@ def test_what_a_record_lacks_does_not_show() -> None:
     assert shown["statement"] == "evidence"
     assert shown["attacks"] == shown["who"] == shown["not_claimed"] == []
     assert attack_rows({"attacks": {"odd": {"outcome": "new word"}}}) == [
-        {"name": "odd", "outcome": "new word", "tone": "none", "robustness": "\N{EN DASH}", "interval": ""}
+        {"name": "odd", "outcome": "new word", "tone": "none", "score": "\N{EN DASH}", "interval": ""}
     ]

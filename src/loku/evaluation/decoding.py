@@ -98,24 +98,31 @@ def decodes_plainly(model: nn.Module) -> str | None:
     Two tiny prompts of different length are decoded together by given tokens, one of them dropped on the way, and the
     logits must be those of whole sequences without a cache. The model must be in eval mode.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    whole = [[*prompt, *more] for prompt, more in zip(TINY, TINY_NEXT, strict=True)]
+    width = max(map(len, whole))
     try:
         with torch.no_grad():
             decoder = Decoder(model, TINY, 0)
-            found = [list(decoder.logits)]
+            found = [(0, 0, decoder.logits[0]), (1, 0, decoder.logits[1])]
             decoder.feed(torch.tensor([row[0] for row in TINY_NEXT]))
-            found.append(list(decoder.logits))
+            found += [(0, 1, decoder.logits[0]), (1, 1, decoder.logits[1])]
             decoder.keep(torch.tensor([1]))
             decoder.feed(torch.tensor([TINY_NEXT[1][1]]))
-            found.append([found[-1][0], decoder.logits[0]])
-            for step, logits in enumerate(found):
-                for row in (0, 1) if step < 2 else (1,):
-                    ids = [*TINY[row], *TINY_NEXT[row][:step]]
-                    alone = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1]
-                    error = float((logits[row].float() - alone.float()).abs().max())
-                    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-                    if not error <= (ERROR if exact else ERROR_HALF) * float(alone.abs().max()):
-                        return f"its logits differ with a cache (by {error:.1e})"
+            found.append((1, 2, decoder.logits[0]))
+            expected = model(
+                input_ids=torch.tensor([row + [0] * (width - len(row)) for row in whole], device=parameter.device),
+                attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole]).to(
+                    parameter.device
+                ),
+                use_cache=False,
+            ).logits.float()
+        allowed = ERROR if parameter.dtype in (torch.float32, torch.float64) else ERROR_HALF
+        for row, step, logits in found:
+            plain = expected[row, len(TINY[row]) - 1 + step]
+            error = float((logits.float() - plain).abs().max())
+            if not error <= allowed * float(plain.abs().max()):
+                return f"its logits differ with a cache (by {error:.1e})"
     except Exception as error:  # whatever a model's own code raises, model.generate remains
         message = " ".join(str(error).split())[:200]
         return f"the check of its cache failed ({type(error).__name__}: {message})"

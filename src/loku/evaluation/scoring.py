@@ -20,6 +20,7 @@ from loku.evaluation.token_tree import Tree, grow_trees
 
 BATCH_TOKENS = 8192  # padded tokens per forward pass
 BATCH_TOKENS_CPU = 2048  # and at most so many on CPU, where larger batches are slower: their states leave the cache
+LEAST_LENGTH = 0.7  # of the longest row of a batch
 END_TOKENS = 2  # an end of sequence is searched among this many last tokens: some chat templates put a newline after it
 
 
@@ -128,10 +129,15 @@ def _tree_batches(trees: Sequence[Tree], batch_tokens: int) -> list[list[Tree]]:
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Return positions in batches, longest first, of at most `batch_tokens` padded tokens (or one position)."""
+    """Return positions in batches, longest first, of at most `batch_tokens` padded tokens (or one position).
+
+    A batch holds nothing much shorter than its longest: it would be mostly padding.
+    """
     batches: list[list[int]] = []
     for position in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+        longest = lengths[batches[-1][0]] if batches else 0
+        full = not batches or (len(batches[-1]) + 1) * longest > batch_tokens
+        if full or lengths[position] < LEAST_LENGTH * longest:
             batches.append([])
         batches[-1].append(position)
     return batches

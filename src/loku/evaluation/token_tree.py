@@ -133,9 +133,9 @@ def ancestor_mask(lasts: Int[Tensor, "rows nodes"], dtype: torch.dtype) -> Float
 def tree_support(model: nn.Module, head: HeadSpec) -> TreeSupport | str:
     """Return which trees a model reads exactly, or the reason why it reads none.
 
-    No list of architectures is trusted: the model reads a tiny tree and its sequences one by one, and the states that
-    enter its head must be the same, by a margin that a wrong mask or wrong positions cannot meet. Attention windows
-    are read from the configuration, since no tiny tree reaches them. Call it once per model, in eval mode.
+    No list of architectures is trusted: the model reads a tiny tree and its sequences as rows of their own, and the
+    states that enter its head must be the same, by a margin that a wrong mask or wrong positions cannot meet. Attention
+    windows are read from the configuration, since no tiny tree reaches them. Call it once per model, in eval mode.
     """
     windows = _windows(model)
     if windows and min(windows) < sum(map(len, TINY)):
@@ -163,18 +163,17 @@ def _windows(model: nn.Module) -> list[int]:
 
 
 def _disagreement(model: nn.Module, head: HeadSpec) -> str | None:
-    """Return how the states of a tree differ from those of its sequences read one by one, or None."""
+    """Return how the states of a tree differ from those of its sequences, or None."""
     weight = head.module.weight
-    tree, packed = Tree(), Tree()
+    tree, packed, chains = Tree(), Tree(), [Tree() for _ in TINY]
     for place, sequence in enumerate(sorted(TINY)):
         tree.add(place, sequence)
+        chains[place].add(0, sequence)
     packed.add(0, tree.ids)  # the same row under a causal mask: what it changes is what the check must see
-    rows = [_states(model, head, item, weight) for item in (tree, packed)]
+    rows = [_states(model, head, [item], weight)[0] for item in (tree, packed)]
     error = effect = size = 0.0
-    for sequence, path in zip(sorted(TINY), tree.paths, strict=True):
-        chain = Tree()
-        chain.add(0, sequence)
-        alone = _states(model, head, chain, weight)
+    for path, states_of_row in zip(tree.paths, _states(model, head, chains, weight), strict=True):
+        alone = states_of_row[: len(path)]
         error, effect = (
             max(known, float((states[path] - alone).abs().max()))
             for known, states in zip((error, effect), rows, strict=True)
@@ -186,6 +185,6 @@ def _disagreement(model: nn.Module, head: HeadSpec) -> str | None:
     return f"its hidden states on a token tree are not those of the sequences (off by {error:.1e} of {size:.1e})"
 
 
-def _states(model: nn.Module, head: HeadSpec, tree: Tree, weight: Tensor) -> Float[Tensor, "nodes d"]:
-    batch = {name: value.to(weight.device) for name, value in tree_batch([tree], 0, weight.dtype).items()}
-    return last_hidden_state(model, batch, head)[0].float()
+def _states(model: nn.Module, head: HeadSpec, trees: list[Tree], weight: Tensor) -> Float[Tensor, "rows nodes d"]:
+    batch = {name: value.to(weight.device) for name, value in tree_batch(trees, 0, weight.dtype).items()}
+    return last_hidden_state(model, batch, head).float()

@@ -36,6 +36,7 @@ class RunFolder:
     examples: dict[str, list[dict[str, Any]]]
     hashes: dict[str, str]
     problems: list[str] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)  # what was measured while training
     record: dict[str, Any] | None = None  # record.json, where the run has one
 
     @property
@@ -87,7 +88,7 @@ def read_folder(path: str | Path) -> RunFolder:
     results = {role: _read_object(path / name) for role, name in RESULT_FILES.items()}
     examples = {role: _read_lines(path / name, problems) for role, name in EXAMPLE_FILES.items()}
     config = path / "config.yaml"
-    hashed = [*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl"]
+    hashed = [*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl", "curve.jsonl"]
     return RunFolder(
         path=path,
         run=run,
@@ -97,6 +98,7 @@ def read_folder(path: str | Path) -> RunFolder:
         examples={role: rows for role, rows in examples.items() if rows},
         hashes={name: sha256_file(path / name) for name in sorted(hashed) if (path / name).is_file()},
         problems=problems,
+        watched=_read_lines(path / "curve.jsonl", problems),
         record=_read_object(path / "record.json"),
     )
 
@@ -144,7 +146,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _restore(path: Path) -> str:
     if path.name == "record.json":
         return "Restore the file from a copy, or write it again with `loku record`."
-    verb = "loku unlearn" if path.name in ("run.json", "metrics.jsonl") else "loku evaluate"
+    verb = "loku unlearn" if path.name in ("run.json", "metrics.jsonl", "curve.jsonl") else "loku evaluate"
     return f"Restore the file from a copy, or write it again with `{verb}`."
 
 

@@ -20,6 +20,7 @@ from loku.report.figures import all_figures, glance, key_figures, metric_info
 from loku.report.numerals import count, duration, figure, memory, moment, percent
 from loku.report.recorded import recorded
 from loku.report.svg import strip
+from loku.report.watched import watched_charts, watched_notes
 from loku.report.words import explanation, missing_pieces, not_claimed, verdict
 
 # What the template asks of run.json's "method"; a field that is missing there is None.
@@ -35,18 +36,19 @@ def write_report(folders: Sequence[str | Path], output: str | Path, *, title: st
     """
     check_output_file(output, "Give the HTML file to write.")
     runs = read_folders(folders)
-    environment = _environment()
+    templates = environment()
     if len(runs) == 1:
         page, content = "run.html.j2", run_content(runs[0])
     else:
         page, content = "compare.html.j2", comparison(runs)
     content["title"] = title or content["title"]
-    write_text(output, environment.get_template(page).render(content))
+    write_text(output, templates.get_template(page).render(content))
     return Path(output)
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the templates with the filters they use."""
+    found = Environment(
         loader=PackageLoader("loku.report"),
         autoescape=True,  # for every template: texts of models and data sets are never trusted
         undefined=StrictUndefined,
@@ -62,9 +64,9 @@ def _environment() -> Environment:
         "strip": strip,
         "prose": prose,
     }
-    environment.filters.update(filters)
-    environment.globals["metric_info"] = metric_info
-    return environment
+    found.filters.update(filters)
+    found.globals["metric_info"] = metric_info
+    return found
 
 
 def prose(text: str) -> Markup:
@@ -105,6 +107,8 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "example_sets": texts,
         "truth": charts.truth_chart(results, "truth-chart", labels),
         "curves": curves,
+        "watched": watched_charts(folder.watched, run),
+        "watched_notes": watched_notes(run),
         "importance": charts.importance(layers, "importance-chart", mode == "activations") if layers else None,
         "importance_mode": mode,
         "initialiser": at(run, "initialisation", "initialiser") or at(run, "method", "initialiser"),

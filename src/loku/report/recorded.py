@@ -35,6 +35,8 @@ def recorded(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "attacks": attack_rows(section(record, "attacks")),
         "rule": at(record, "attacks", "rule"),
         "worst": at(record, "attacks", "worst"),
+        "headline": at(record, "attacks", "headline", "sentence"),
+        "not_run": [str(name) for name in at(record, "attacks", "not_run") or ()],
         "who": [(str(item.get("has")), str(item.get("can"))) for item in who or () if isinstance(item, Mapping)],
         "command": at(record, "reproduce", "command"),
         "verify": at(record, "reproduce", "verify"),
@@ -42,10 +44,10 @@ def recorded(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def attack_rows(attacks: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a line for every attack: its name, how it ended, and the robustness with its interval."""
+    """Return a line for every attack: its name, how it ended, and the score with its interval."""
     rows = []
     for name, entry in section(attacks, "attacks").items():
-        value, low, high = (number(at(entry, "robustness", key)) for key in ("value", "low", "high"))
+        value, low, high = (number(at(entry, "score", key)) for key in ("value", "low", "high"))
         between = "" if low is None or high is None else f"{figure(low, 2)} to {figure(high, 2)}"
         outcome = str(at(entry, "outcome"))
         rows.append(
@@ -53,7 +55,7 @@ def attack_rows(attacks: Mapping[str, Any]) -> list[dict[str, str]]:
                 "name": name,
                 "outcome": outcome,
                 "tone": MARKS.get(outcome, "none"),
-                "robustness": figure(value, 2),
+                "score": figure(value, 2),
                 "interval": between,
             }
         )

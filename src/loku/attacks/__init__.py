@@ -1,0 +1,1 @@
+"""Attacks: attempts to bring back what was unlearned. They know nothing of the command line or of files."""

@@ -1,0 +1,151 @@
+"""The leaderboard: every arm's means and spread over seeds between target and retain-only, as Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from loku.bench.figures import value_of
+from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
+from loku.bench.store import Record
+from loku.bench.tuning import distance, steps_taken
+from loku.files import write_text
+
+# Columns, by heading: figures of the evaluation. Others are added by `_columns`.
+FIGURES = {
+    "forget prob.": "forget.probability",
+    "forget ROUGE-L": "forget.rougeL_recall",
+    "forget acc.": "forget.exact_match",
+    "forget memorised": "forget.exact_memorisation",
+    "truth ratio": "forget.truth_ratio",
+    "forget repetition": "forget.repetition",
+    "retain prob.": "retain.probability",
+    "retain acc.": "retain.exact_match",
+    "general acc.": "general.exact_match",
+    "utility": "model_utility",
+    "forget quality": "forget_quality",
+}
+NOTE = (
+    "Mean ± standard deviation over seeds {seeds}. The aim in every column is the retain-only row, not zero: a figure "
+    "beyond it is no virtue. `distance` is the mean absolute difference from the retain-only model of the same seed, "
+    "over the figures that lie between 0 and 1."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the leaderboard: its role, and its values over seeds by column."""
+
+    label: str
+    role: str  # "target", "retain_only", "noise" or "unlearned"
+    values: Mapping[str, list[float]]
+    diverged: int = 0
+
+    def mean(self, column: str) -> float | None:
+        """Return the mean over seeds, or None without values."""
+        return mean(self.values[column]) if self.values.get(column) else None
+
+    def cell(self, column: str) -> str:
+        """Return mean and standard deviation as text."""
+        return spread(self.values.get(column, []))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return `mean ± standard deviation`; p-values and other small numbers as a range."""
+    if not values:
+        return "-"
+    if 0 < max(values) < 0.005:
+        return f"{min(values):.0e}" + (f" to {max(values):.0e}" if len(values) > 1 else "")
+    digits = 0 if max(map(abs, values)) >= 100 else 1 if max(map(abs, values)) >= 10 else 2
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def leaderboard_rows(models: Sequence[Record], runs: Sequence[Record], arms: Sequence[str]) -> list[Row]:
+    """Return the table's rows: target, the arms in the recipe's order, other retain-only models, retain-only."""
+    found = {record["seed"]: record["models"] for record in models}
+    rows = []
+    for name, role in ((TARGET, "target"), (RETAIN_ONLY, "retain_only")):
+        records = [(seed, {"figures": m[name]["figures"]} | m[name]) for seed, m in found.items() if name in m]
+        if records:
+            rows.append(_row(name, role, records, found))
+    noise = [
+        (seed, dict(m[name])) for seed, m in found.items() for name in m if name not in (TARGET, RETAIN_ONLY)
+    ]  # fmt: skip
+    others = [_row(f"{RETAIN_ONLY}, other seeds", "noise", noise, found)] if noise else []
+    for arm in arms:
+        records = [(record["seed"], record) for record in runs if record["arm"] == arm]
+        if records:
+            others.append(_row(arm, "unlearned", records, found))
+    target = [row for row in rows if row.role == "target"]
+    return [*target, *others[bool(noise) :], *others[: bool(noise)], *(row for row in rows if row.role != "target")]
+
+
+def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: Mapping[int, Any]) -> Row:
+    values: dict[str, list[float]] = {}
+
+    def add(column: str, value: float | None) -> None:
+        if value is not None:
+            values.setdefault(column, []).append(value)
+
+    for seed, record in records:
+        figures = record.get("figures")
+        for column, name in FIGURES.items():
+            add(column, value_of(figures, name))
+        reference = models.get(seed, {}).get(RETAIN_ONLY, {}).get("figures")
+        if reference is not None and role != "retain_only":
+            add("distance", distance(figures, reference))
+        for column, value in _relearned(record.get("relearning")).items():
+            add(column, value)
+        if role == "unlearned":
+            add("steps", steps_taken(record))
+            add("seconds", record["seconds"].get("all"))
+            add("peak MB", record["peak_memory_bytes"] / 1e6)
+    return Row(label, role, values, sum(bool(record.get("error")) for _, record in records))
+
+
+def _relearned(curve: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return what the attack brought back of the rest of the forget set: accuracy before and after."""
+    if not curve:
+        return {}
+    found = {}
+    for column, metric in (("relearned rest, acc.", "exact_match"), ("relearned rest, prob.", "probability")):
+        values = curve["means"]["rest"].get(metric)
+        if values:
+            found[column] = float(values[-1])
+    return found
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Return the columns that at least one row has, in order."""
+    order = [*FIGURES, "distance", "relearned rest, acc.", "relearned rest, prob.", "steps", "seconds", "peak MB"]
+    return [column for column in order if any(column in row.values for row in rows)]
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
+    """Return the table as Markdown."""
+    columns = columns or columns_of(rows)
+    lines = ["| model | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for row in rows:
+        label = row.label + (f" ({row.diverged} diverged)" if row.diverged else "")
+        lines.append(f"| {label} | " + " | ".join(row.cell(column) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def write_leaderboard(
+    recipe: Recipe, models: Sequence[Record], runs: Sequence[Record], choices: Mapping[str, Any], root: Path
+) -> Path:
+    """Write leaderboard.md and leaderboard.html, and return the latter's path."""
+    rows = leaderboard_rows(models, runs, [arm.name for arm in recipe.arms])
+    note = NOTE.format(seeds=", ".join(map(str, recipe.seeds)))
+    text = [f"# {recipe.title}", "", note, "", markdown(rows)]
+    tuned = [f"- {name}: {choice['point']}" for name, choice in choices.items() if choice["scores"]]
+    if tuned:
+        text += ["", f"Chosen on seeds {', '.join(map(str, recipe.tuning.seeds))} (rule: {recipe.tuning.choose}):", ""]
+        text += tuned
+    write_text(root / "leaderboard.md", "\n".join(text) + "\n")
+    from loku.report.bench import write_bench_page
+
+    return write_bench_page(recipe.title, note, rows, columns_of(rows), choices, root / "leaderboard.html")

@@ -1,0 +1,130 @@
+"""A seed's corpus and models: made stage by stage by `loku finetune`, then target and retain-only measured once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loku.bench.figures import figures_of
+from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
+from loku.bench.relearning import relearned
+from loku.bench.store import SCHEMA_VERSION, Task
+from loku.config import FinetuneOptions, UnlearnOptions, resolve
+from loku.corpora import write_corpus
+from loku.data.prompts import resolve_template
+from loku.data.sources import RecordSet, load_records
+from loku.evaluation.own import evaluate_own
+from loku.evaluation.results import Results, write_results
+from loku.files import read_json, write_json
+from loku.finetune import finetune
+from loku.models import load_model, load_tokenizer, weights_sha256
+from loku.runs import hardware, peak_memory_bytes, versions
+
+SETS = ("forget", "retain", "general", "holdout")
+NOISE_SEED = 7919  # what is added to a seed for a further retain-only model
+
+
+def located(name: str, recipe: Recipe, folder: Path) -> str:
+    """Return the path of a stage's model or a corpus file; other names stay as they are."""
+    if name in recipe.stages:
+        stage = recipe.stages[name]
+        return str(folder / name) if "data" in stage else located(str(stage["model"]), recipe, folder)
+    return str(folder / name) if recipe.corpus is not None and name.startswith(f"{CORPUS}/") else name
+
+
+def build_models(task: Task) -> None:
+    """Make what one seed's runs start from, and write models.json when all is there. An interrupted build goes on."""
+    recipe, folder, start = task.recipe, task.path.parent, time.monotonic()
+    if recipe.corpus is not None:
+        write_corpus(recipe.corpus, folder / CORPUS, task.seed)
+    seconds: dict[str, float] = {}
+    for name, stage in recipe.stages.items():
+        if "data" in stage:
+            seconds[name] = _train(name, recipe, folder, task.seed)
+    options = shared_options(recipe, folder, task.seed)
+    record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "seed": task.seed, "models": {}}
+    for name in (TARGET, RETAIN_ONLY):
+        if name in recipe.stages:
+            record["models"][name] = _baseline(name, recipe, folder, options)
+    for i in range(recipe.noise_floor):
+        name, seed = f"{RETAIN_ONLY}-{i + 2}", task.seed + (i + 1) * NOISE_SEED
+        seconds[name] = _train(RETAIN_ONLY, recipe, folder, seed, output=name)
+        record["models"][name] = _baseline(name, recipe, folder, options, scored=True)
+    seconds["all"] = round(time.monotonic() - start, 2)
+    record |= {"seconds": seconds, "versions": versions(), "hardware": hardware()}
+    write_json(task.path, record | {"peak_memory_bytes": peak_memory_bytes()})
+
+
+def shared_options(recipe: Recipe, folder: Path, seed: int) -> UnlearnOptions:
+    """Return the options that say what all models of a seed are measured on."""
+    return unlearn_options(recipe, dict(recipe.unlearn), folder, seed)
+
+
+def unlearn_options(recipe: Recipe, settings: dict[str, Any], folder: Path, seed: int) -> UnlearnOptions:
+    """Return a run's options with the recipe's names turned into paths."""
+    placed = {
+        name: located(value, recipe, folder)
+        if isinstance(value, str) and name in ("forget", "retain", "general", "holdout", "level_model")
+        else value
+        for name, value in settings.items()
+    }
+    placed |= {"model": located(TARGET, recipe, folder), "seed": seed, "threads": 1}
+    options: UnlearnOptions = resolve(UnlearnOptions, placed, {}, where=recipe.name)
+    return options
+
+
+def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, RecordSet]:
+    """Return the sets that every model of a seed is measured on."""
+    sources = {name: getattr(options, name) for name in SETS}
+    if "retain" in recipe.measure:
+        sources["retain"] = located(recipe.measure["retain"], recipe, folder)
+    return {
+        name: load_records(source, option=name, data_dir=options.data_dir)
+        for name, source in sources.items()
+        if source and source != "self"
+    }
+
+
+def results_file(folder: Path, name: str) -> Path:
+    """Return the results file of a seed's target or retain-only model."""
+    return folder / f"{name}.results" / "results.json"
+
+
+def measure(model: Any, tokenizer: Any, rows: Mapping[str, Any], options: UnlearnOptions, **more: Any) -> Results:
+    """Measure a model as every model of the benchmark is measured."""
+    template = resolve_template(tokenizer, options.model, options.prompt_template)
+    return evaluate_own(
+        model, tokenizer, **rows, max_rows=options.eval_rows, template=template, max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens, seed=options.seed, **more,
+    )  # fmt: skip
+
+
+def _train(name: str, recipe: Recipe, folder: Path, seed: int, *, output: str | None = None) -> float:
+    stage = dict(recipe.stages[name])
+    for key in ("model", "data", "tokenizer_data"):
+        if isinstance(stage.get(key), str):
+            stage[key] = located(stage[key], recipe, folder)
+    settings = {"save_steps": -1} | stage | {"output": str(folder / (output or name)), "seed": seed, "threads": 1}
+    finetune(resolve(FinetuneOptions, settings, {}, where=f"stage {name}"))
+    return float(read_json(folder / (output or name) / "run.json")["seconds"]["training"])
+
+
+def _baseline(
+    name: str, recipe: Recipe, folder: Path, options: UnlearnOptions, *, scored: bool = False
+) -> dict[str, Any]:
+    """Measure a model of the seed; with `scored`, as if it were unlearned, against target and retain-only."""
+    place = str(folder / name) if (folder / name).is_dir() else located(name, recipe, folder)
+    model = load_model(place, dtype=options.dtype, device=options.device)
+    tokenizer = load_tokenizer(place)
+    rows = measured_rows(recipe, options, folder)
+    against: dict[str, Any] = {}
+    if scored:
+        against = {"reference": results_file(folder, RETAIN_ONLY), "target": results_file(folder, TARGET)}
+    results = measure(model, tokenizer, rows, options, model_name=name, **against)
+    write_results(results, results_file(folder, name).parent)
+    record = {"sha256": weights_sha256(model), "figures": figures_of(results)}
+    if recipe.relearn is not None:
+        record["relearning"] = relearned(model, tokenizer, rows["forget"], recipe.relearn, options)
+    return record

@@ -1,0 +1,312 @@
+"""The recipe of a benchmark: where models and rows come from, the arms to compare, and the tuning each arm gets.
+
+    name: fiction
+    title: Methods on the fictitious corpus
+    corpus: {kind: fiction}                    # optional: rows made anew for every seed; files are named corpus/...
+    stages:                                    # models, in order; options of `loku finetune`
+      pretrained: {model: corpus/model, data: corpus/pretraining.jsonl, max_steps: 300}
+      target: {model: pretrained, data: corpus/full-training.jsonl, max_steps: 260}
+      retain-only: {model: pretrained, data: corpus/retain-training.jsonl, max_steps: 260}
+    unlearn:                                   # options of `loku unlearn` that all arms share
+      forget: corpus/forget.jsonl
+      retain: corpus/retain-mixed.jsonl
+      max_steps: 100
+    measure: {retain: corpus/retain.jsonl}     # rows measured in place of those trained on
+    relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
+    arms:
+      - {name: GA, method: ga}
+      - name: "{method} from {init}, rank {rank}"
+        matrix: {method: [ihl, graddiff], init: [lora, fila], rank: [4, 8]}
+    tuning:                                    # optional; every arm gets the same grid on the same seeds
+      seeds: [10, 11]
+      grid: {learning_rate: [5e-4, 1e-3, 2e-3]}
+      choose: closest                          # or: level
+      at: {rank: 8}                            # arms that differ in these options alone are tuned together, here
+    seeds: [0, 1, 2, 3, 4]
+    noise_floor: 1                             # further retain-only models a seed, scored as if unlearned
+    seconds: {models: 60, trial: 15}           # what to expect before anything was measured
+
+A stage without `data` names a model that exists, such as a hub id. Every seed has its own corpus, models and runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loku.config import FinetuneOptions, UnlearnOptions, resolve
+from loku.errors import InputError, suggestion
+from loku.files import sha256_json
+from loku.methods import METHODS
+from loku.options import LARGEST_SEED, Options
+
+TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
+EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
+RULES = ("closest", "level")
+MEASURED = ("retain",)
+RELEARN = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
+SET_BY_THE_BENCH = ("output", "seed", "threads", "model", "retain_only_model", "evaluate", "keep_text")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared: a name, and options of `loku unlearn`."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """A name for files."""
+        return re.sub(r"[^a-z0-9.+-]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The budget of every arm: grid points times seeds, and how a point is chosen."""
+
+    seeds: tuple[int, ...] = ()
+    points: tuple[Mapping[str, Any], ...] = ({},)
+    choose: str = "closest"
+    at: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A benchmark, checked: every option of every stage and arm is one that its verb takes."""
+
+    name: str
+    title: str
+    corpus: Mapping[str, Any] | None
+    stages: Mapping[str, Mapping[str, Any]]
+    unlearn: Mapping[str, Any]
+    measure: Mapping[str, str]
+    relearn: Mapping[str, Any] | None
+    arms: tuple[Arm, ...]
+    tuning: Tuning
+    seeds: tuple[int, ...]
+    noise_floor: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def model_seeds(self) -> tuple[int, ...]:
+        """The seeds that models are needed for: those of the tuning first."""
+        return tuple(dict.fromkeys((*self.tuning.seeds, *self.seeds)))
+
+    def settings(self, arm: Arm, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of an arm's run at a point of the grid; what the arm fixes itself is not tuned."""
+        return {**self.unlearn, **point, **arm.options}
+
+    def tuned_as(self, arm: Arm) -> Arm:
+        """Return the arm at which this one is tuned: itself, or its sibling at the values of `tuning.at`."""
+        if not self.tuning.at or not all(name in arm.options for name in self.tuning.at):
+            return arm
+        wanted = {**arm.options, **self.tuning.at}
+        return next((other for other in self.arms if dict(other.options) == wanted), arm)
+
+    def points(self, arm: Arm) -> list[dict[str, Any]]:
+        """Return the grid points that differ for an arm; one when it fixes everything that is tuned."""
+        free = [{k: v for k, v in point.items() if k not in arm.options} for point in self.tuning.points]
+        return [point for i, point in enumerate(free) if point not in free[:i]]
+
+    def run_id(self, arm: Arm, point: Mapping[str, Any]) -> str:
+        """Return a hash of all that decides a run but its seed."""
+        parts = (self.corpus, self.stages, self.settings(arm, point), self.measure, self.relearn)
+        return sha256_json(parts)[:10]
+
+    def models_id(self) -> str:
+        """Return a hash of all that decides corpus and models but the seed."""
+        return sha256_json((self.corpus, self.stages, self.measure, self.relearn, self._measured()))[:10]
+
+    def _measured(self) -> dict[str, Any]:
+        names = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "dtype", "device")
+        return {name: self.unlearn[name] for name in names if name in self.unlearn}
+
+
+def load_recipe(path: str | Path | None) -> Recipe:
+    """Read and check a benchmark's recipe. Raises InputError that names the part that cannot be used."""
+    import yaml
+
+    if not path:
+        raise InputError("The recipe is missing.", "Give a YAML file: loku bench recipes/bench/fiction.yaml.")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a benchmark's YAML file.")
+    try:
+        value = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The recipe '{path}' is not YAML: {error}", "See docs/bench.md for one that is.") from error
+    return parse_recipe(value, str(path))
+
+
+def parse_recipe(value: Any, where: str) -> Recipe:
+    """Return the recipe that a YAML value describes; `where` names it in errors."""
+    names = ("name", "title", *Recipe.__dataclass_fields__)
+    parts = _mapping(_numbers(value), where, names)
+    for name in ("name", "stages", "unlearn", "arms", "seeds"):
+        if name not in parts:
+            raise InputError(f"{where} has no '{name}'.", "See docs/bench.md for what a benchmark's recipe holds.")
+    stages = {str(k): _mapping(v, f"{where}, stage '{k}'") for k, v in _mapping(parts["stages"], where).items()}
+    if TARGET not in stages:
+        raise InputError(f"{where} has no stage '{TARGET}'.", "Name the model that is to forget something so.")
+    relearn = parts.get("relearn")
+    recipe = Recipe(
+        name=str(parts["name"]),
+        title=str(parts.get("title", parts["name"])),
+        corpus=_corpus(parts.get("corpus"), where),
+        stages=stages,
+        unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
+        measure=_mapping(parts.get("measure", {}), f"{where}, measure", MEASURED),
+        relearn=None if relearn is None else RELEARN | _mapping(relearn, f"{where}, relearn", tuple(RELEARN)),
+        arms=_arms(parts["arms"], where),
+        tuning=_tuning(parts.get("tuning"), where),
+        seeds=_seeds(parts["seeds"], f"{where}, seeds"),
+        noise_floor=_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
+        seconds=_mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")),
+    )
+    _check_stages(recipe, where)
+    _check_arms(recipe, where)
+    return recipe
+
+
+def _numbers(value: Any) -> Any:
+    """Turn what YAML 1.1 reads as text, such as 5e-4, into the number it is, everywhere."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENT.match(value) else value
+
+
+def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is no mapping.", "Write `name: value` lines there.")
+    for name in value if known else ():
+        if name not in known:
+            raise InputError(f"{where} has the unknown entry '{name}'.", suggestion(str(name), known))
+    return {str(name): item for name, item in value.items()}
+
+
+def _corpus(value: Any, where: str) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    from loku.corpora import check_corpus
+
+    corpus = _mapping(value, f"{where}, corpus")
+    check_corpus(corpus, where)
+    return corpus
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    usable = isinstance(value, list) and value and all(type(s) is int and 0 <= s <= LARGEST_SEED for s in value)
+    if not usable or len(set(value)) != len(value):
+        raise InputError(f"{where} is {value!r}.", "Give a list of different whole numbers, such as [0, 1, 2, 3, 4].")
+    return tuple(value)
+
+
+def _count(value: Any, where: str) -> int:
+    if type(value) is not int or value < 0:
+        raise InputError(f"{where} is {value!r}.", "Give a whole number, 0 or more.")
+    return value
+
+
+def _arms(value: Any, where: str) -> tuple[Arm, ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}, arms is no list.", "Give at least one arm: {name: LoKU, method: loku}.")
+    arms = [arm for i, item in enumerate(value) for arm in _expand(_mapping(item, f"{where}, arm {i}"), where)]
+    slugs = [arm.slug for arm in arms]
+    for arm in arms:
+        if not arm.slug or slugs.count(arm.slug) > 1:
+            raise InputError(f"{where} has two arms called '{arm.name}'.", "Give every arm a name of its own.")
+    return tuple(arms)
+
+
+def _expand(item: dict[str, Any], where: str) -> list[Arm]:
+    """Return one arm, or one for each combination of its matrix's values."""
+    name, matrix = str(item.pop("name", "")), _mapping(item.pop("matrix", {}), f"{where}, matrix")
+    arms = []
+    for values in itertools.product(*(_list(v, f"{where}, matrix '{k}'") for k, v in matrix.items())):
+        options = dict(item) | dict(zip(matrix, values, strict=True))
+        try:
+            label = string.Formatter().vformat(name, (), options) or str(options.get("method", ""))
+        except (KeyError, ValueError, IndexError) as error:
+            raise InputError(
+                f"{where} has the arm name '{name}', which names no option of the arm ({error}).",
+                "Write option names in braces, such as '{method}, rank {rank}'.",
+            ) from None
+        arms.append(Arm(label, options))
+    return arms
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where} is {value!r}.", "Give a list of values.")
+    return value
+
+
+def _tuning(value: Any, where: str) -> Tuning:
+    if value is None:
+        return Tuning()
+    parts = _mapping(value, f"{where}, tuning", ("seeds", "grid", "choose", "at"))
+    grid = {k: _list(v, f"{where}, grid '{k}'") for k, v in _mapping(parts.get("grid", {}), f"{where}, grid").items()}
+    rule = str(parts.get("choose", "closest"))
+    if rule not in RULES:
+        raise InputError(f"{where}, tuning chooses by '{rule}'.", suggestion(rule, RULES))
+    points = tuple(dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+    seeds = _seeds(parts.get("seeds"), f"{where}, tuning seeds")
+    return Tuning(seeds, points, rule, _mapping(parts.get("at", {}), f"{where}, tuning at"))
+
+
+def _check_stages(recipe: Recipe, where: str) -> None:
+    known: list[str] = []
+    for name, stage in recipe.stages.items():
+        label = f"{where}, stage '{name}'"
+        if name == CORPUS or "/" in name:
+            raise InputError(f"{where} has a stage called '{name}'.", "Give it a name without a slash, not corpus.")
+        if "data" in stage:
+            _refuse(stage, ("output", "seed", "threads"), label)
+            _resolved(FinetuneOptions, stage, label)
+        elif set(stage) != {"model"}:
+            raise InputError(f"{label} has no data.", "Give data and its training, or nothing but the model's name.")
+        known.append(name)
+    if recipe.noise_floor and "data" not in recipe.stages.get(RETAIN_ONLY, {}):
+        raise InputError(f"{where} has a noise_floor, but trains no stage '{RETAIN_ONLY}'.", "Leave noise_floor out.")
+    overlap = sorted(set(recipe.seeds) & set(recipe.tuning.seeds))
+    if overlap:
+        raise InputError(f"{where} tunes on seeds that it reports ({overlap}).", "Tune on other seeds.")
+
+
+def _check_arms(recipe: Recipe, where: str) -> None:
+    for arm in recipe.arms:
+        label = f"{where}, arm '{arm.name}'"
+        for point in recipe.points(arm):
+            settings = recipe.settings(arm, point)
+            _refuse(settings, SET_BY_THE_BENCH, label)
+            _resolved(UnlearnOptions, settings, label)
+            if not settings.get("forget"):
+                raise InputError(f"{label} has no forget set.", "Give unlearn: {forget: ...}.")
+
+
+def _refuse(options: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        if name in options:
+            raise InputError(f"{where} sets '{name}', which the benchmark sets itself.", "Leave it out.")
+
+
+def _resolved(cls: type[Options], values: Mapping[str, Any], where: str) -> Any:
+    names = cls.fields()
+    for name in values:
+        if name not in names:
+            raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, names))
+    method = values.get("method")
+    if cls is UnlearnOptions and method is not None and method not in METHODS:
+        raise InputError(f"{where}: the method '{method}' is not known.", suggestion(str(method), METHODS))
+    try:
+        return resolve(cls, dict(values), {}, where=where)
+    except InputError as error:
+        raise InputError(f"{where}: {error.given}", error.remedy) from None

@@ -1,0 +1,118 @@
+"""What is to be done next follows from what lies in the output folder: so a killed benchmark simply goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from loku.bench.recipe import Arm, Recipe
+from loku.bench.store import Record, Task, read_record
+from loku.bench.tuning import choose
+
+
+@dataclass
+class Schedule:
+    """All tasks of a recipe, in order: models, tuning runs, and the runs at each arm's chosen point."""
+
+    recipe: Recipe
+    root: str
+    _found: dict[Path, Record] = field(default_factory=dict)
+
+    def record(self, task: Task) -> Record | None:
+        """Return a task's result, or None while it is not there. A file is read once."""
+        path = task.path
+        if path not in self._found:
+            found = read_record(path)
+            if found is None:
+                return None
+            self._found[path] = found
+        return self._found[path]
+
+    def models(self, seed: int) -> Task:
+        """Return the task that makes a seed's models."""
+        return Task("models", self.root, seed, self.recipe)
+
+    def trial(self, arm: Arm, point: Mapping[str, Any], seed: int) -> Task:
+        """Return the task of one run."""
+        return Task("trial", self.root, seed, self.recipe, arm, point)
+
+    def tuning(self, arm: Arm) -> list[list[Task]]:
+        """Return an arm's tuning runs, a list for each grid point; none where there is nothing to choose."""
+        points = self.recipe.points(arm)
+        if len(points) < 2:
+            return []
+        return [[self.trial(arm, point, seed) for seed in self.recipe.tuning.seeds] for point in points]
+
+    def chosen(self, arm: Arm) -> tuple[Mapping[str, Any], list[dict[str, Any]]] | None:
+        """Return an arm's grid point and how it was chosen, or None while tuning runs are missing."""
+        tuned = self.recipe.tuned_as(arm)
+        points, tasks = self.recipe.points(tuned), self.tuning(tuned)
+        if not tasks:
+            return points[0], []
+        runs = [[self.record(task) for task in group] for group in tasks]
+        models = {seed: self.record(self.models(seed)) for seed in self.recipe.tuning.seeds}
+        if any(found is None for found in (*models.values(), *(run for group in runs for run in group))):
+            return None
+        known = [[run for run in group if run is not None] for group in runs]
+        return choose(self.recipe.tuning.choose, points, known, {s: m for s, m in models.items() if m is not None})
+
+    def final(self, arm: Arm) -> list[Task]:
+        """Return the runs that are reported for an arm, or none while its tuning is not done."""
+        found = self.chosen(arm)
+        return [] if found is None else [self.trial(arm, found[0], seed) for seed in self.recipe.seeds]
+
+    def tuned_arms(self) -> list[Arm]:
+        """Return the arms that tuning runs are made for."""
+        return list({arm.slug: arm for arm in map(self.recipe.tuned_as, self.recipe.arms)}.values())
+
+    def ready(self) -> list[Task]:
+        """Return the tasks that are not done and could be done now, the most urgent first."""
+        waiting = [self.models(seed) for seed in self.recipe.model_seeds]
+        models = [task for task in waiting if self.record(task) is None]
+        tuning = [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
+        final = [task for arm in self.recipe.arms for task in self.final(arm)]
+        without = {task.seed for task in models}
+        trials = {task.path: task for task in (*tuning, *final) if task.seed not in without}
+        return [*models, *(task for task in trials.values() if self.record(task) is None)]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many tasks of each kind there are in all; runs that serve two purposes count once."""
+        tuning = {task.path for arm in self.tuned_arms() for group in self.tuning(arm) for task in group}
+        final = len(self.recipe.arms) * len(self.recipe.seeds)
+        return {"models": len(self.recipe.model_seeds), "tuning": len(tuning), "final": final}
+
+    def done(self) -> int:
+        """Return how many of the tasks are done."""
+        tasks = [self.models(seed) for seed in self.recipe.model_seeds]
+        tasks += [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
+        tasks += [task for arm in self.recipe.arms for task in self.final(arm)]
+        return len({task.path for task in tasks if self.record(task) is not None})
+
+    def seconds(self) -> dict[str, float | None]:
+        """Return what a task of each kind takes: the median of those that are done, else what the recipe expects."""
+        models = [self.record(self.models(seed)) for seed in self.recipe.model_seeds]
+        taken = [found["seconds"]["all"] for found in models if found is not None]
+        runs = [found["seconds"]["all"] for found in self._found.values() if "arm" in found]
+        expected = self.recipe.seconds
+        return {
+            "models": median(taken) if taken else expected.get("models"),
+            "trial": median(runs) if runs else expected.get("trial"),
+        }
+
+    def core_hours(self) -> float | None:
+        """Return the core-hours that are still to come, or None when nothing is known of them."""
+        counts, seconds = self.counts(), self.seconds()
+        models, trial = seconds["models"], seconds["trial"]
+        if models is None or trial is None:
+            return None
+        missing = sum(self.record(self.models(seed)) is None for seed in self.recipe.model_seeds)
+        trials = counts["tuning"] + counts["final"] - (self.done() - (counts["models"] - missing))
+        return (missing * models + trials * trial) / 3600
+
+    def finished(self) -> list[Record]:
+        """Return the runs that are reported, in the order of the arms, as far as they are there."""
+        tasks = [task for arm in self.recipe.arms for task in self.final(arm)]
+        return [found for found in map(self.record, tasks) if found is not None]

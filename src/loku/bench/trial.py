@@ -1,0 +1,101 @@
+"""One run of the grid: unlearn with an arm's options, measure, try relearning, and keep the figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from loku.assessment import AssessmentRows
+from loku.bench.figures import figures_of
+from loku.bench.models import measure, measured_rows, results_file, unlearn_options
+from loku.bench.recipe import RETAIN_ONLY, TARGET
+from loku.bench.relearning import relearned
+from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
+from loku.data.sources import load_records
+from loku.errors import DivergenceError, InputError
+from loku.evaluation.reference import load_reference
+from loku.files import write_json
+from loku.job import load_rows, prepare
+from loku.models import load_model, load_tokenizer
+from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
+from loku.training import run_job
+
+
+def run_trial(task: Task) -> None:
+    """Do one run and write its JSON. A run that diverges is a result, too."""
+    assert task.arm is not None
+    recipe, point = task.recipe, dict(task.point or {})
+    folder = models_folder(task.root, recipe, task.seed)
+    models = read_record(folder / "models.json")
+    if models is None:
+        raise InputError(f"The models of seed {task.seed} are not there.", "Run the benchmark again: it makes them.")
+    options = unlearn_options(recipe, recipe.settings(task.arm, point), folder, task.seed)
+    if RETAIN_ONLY in recipe.stages:
+        options.retain_only_model = str(results_file(folder, RETAIN_ONLY))
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "bench": recipe.name,
+        "arm": task.arm.name,
+        "options": dict(task.arm.options),
+        "point": point,
+        "seed": task.seed,
+        "settings": recipe.settings(task.arm, point),
+        "models": {name: found["sha256"] for name, found in models["models"].items()},
+    }
+    work = task.path.with_suffix(".work")
+    start = time.monotonic()
+    try:
+        record |= _unlearn(task, options, folder, work)
+        record["error"] = None
+    except DivergenceError as error:
+        record |= {"figures": None, "error": error.given}
+    record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
+    record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
+    write_json(task.path, record)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, Any]:
+    """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
+    recipe = task.recipe
+    run = RunFolder.check(work, options.as_dict())
+    forget, retain = load_rows(options)
+    tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
+    dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
+    model = load_model(str(options.model), dtype=dtype, device=options.device)
+    job = prepare(model, tokenizer, forget, retain, options)
+    rows = measured_rows(recipe, options, folder)
+    extra = AssessmentRows(
+        retain=rows.get("retain"), holdout=rows.get("holdout"), general=rows.get("general"),
+        reference=load_reference(options.retain_only_model) if options.retain_only_model else None,
+    )  # fmt: skip
+    result = run_job(job, run, options, extra)
+    rows["forget"] = load_records(str(options.forget), data_dir=options.data_dir)
+    against: dict[str, Any] = {"target": results_file(folder, TARGET)}
+    if RETAIN_ONLY in recipe.stages:
+        against["reference"] = results_file(folder, RETAIN_ONLY)
+    with run.timed("evaluation"):
+        results = measure(result.model, tokenizer, rows, options, model_name=str(options.method), **against)
+    found: dict[str, Any] = {"figures": figures_of(results)}
+    if recipe.relearn is not None:
+        with run.timed("relearning"):
+            found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
+    kept = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data")
+    found |= {name: run.record[name] for name in kept if run.record.get(name) is not None}
+    found["initialisation"] = _brief(found.get("initialisation"))
+    found["importance"] = _brief(found.get("importance"))
+    return found | {"seconds": dict(run.record["seconds"]), "curve": _curve(work / "curve.jsonl")}
+
+
+def _brief(value: Any) -> Any:
+    """Leave out the figures by layer: one record a run, hundreds of runs."""
+    return {k: v for k, v in value.items() if k != "layers"} if isinstance(value, dict) else value
+
+
+def _curve(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
