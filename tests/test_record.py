@@ -191,7 +191,13 @@ ATTACKS = {
                 "figures": {"target": {"a": 1.0, "b": "Ulm"}},
             },
             "back": {"family": "relearn", "score": scored(0.6, 0.11, 0.9), "beside": {"unlearned": {"retain": 0.5}}},
-            "open": {"family": "prompts", "score": scored(0.2, 0.1, 0.3), "damaged": "it keeps 10 %"},
+            "open": {
+                "family": "prompts",
+                "score": scored(0.2, 0.1, 0.3),
+                "damaged": "it keeps 10 %",
+                "metric": "found",
+                "figures": {"target": {"found": {"mean": 1, "low": 1, "high": 1}, "exact_match": {"mean": 0}}},
+            },
             "dropped": {"family": "adapter", "score": scored(1.0, 1.0, 1.0)},
             "blind": {"family": "probe", "score": scored(None, None, None)},
             "member": {
@@ -215,6 +221,7 @@ def test_attacks_are_survived_by_their_whole_interval_or_not_at_all(tmp_path):
     assert found["worst"] == "back"  # what an adapter's removal brings back says nothing of the merged model
     assert found["headline"] == {"level": "hidden", "sentence": "What was unlearned comes back."}
     assert found["not_run"] == ["holdout", "lens"]
+    assert found["attacks"]["open"]["figures"] == {"target": {"found": {"mean": 1.0, "low": 1.0, "high": 1.0}}}
     assert found["attacks"]["gone"]["figures"] == {"target": {"a": 1.0}}
     assert found["attacks"]["back"]["beside"] == {"unlearned": {"retain": 0.5}}
     assert [name for name, entry in found["attacks"].items() if entry["damaged"]] == ["open"]

@@ -225,18 +225,25 @@ def attacks_of(path: Path) -> dict[str, Any]:
         for label, member in members.items():
             found[f"{name}: {label}"] = _attack(entry, at(member, "score"), {"auc": at(member, "auc")})
         if not members:
-            found[name] = _attack(entry, at(entry, "score") or at(entry, "robustness"), at(entry, "figures"))
+            found[name] = _attack(entry, at(entry, "score") or at(entry, "robustness"), _scored_figures(entry))
     # An adapter that is taken off brings everything back: that is no attack on the merged model.
     scores = {name: entry["score"]["value"] for name, entry in found.items() if entry["family"] != "adapter"}
     known = {name: score for name, score in scores.items() if score is not None}
+    worst = at(summary, "headline", "worst")
     headline = {key: at(summary, "headline", key) for key in ("level", "sentence")}
     return none | {
         "run": bool(found),
         "attacks": found,
-        "worst": max(known, key=lambda name: known[name], default=None),
+        "worst": worst if worst in found else max(known, key=lambda name: known[name], default=None),
         "headline": headline if all(isinstance(text, str) for text in headline.values()) else None,
         "not_run": sorted({*section(value, "missing"), *section(value, "failed")}),
     }
+
+
+def _scored_figures(entry: object) -> Any:
+    """Return the figures that an attack is scored by, by model; all of them where it does not say which."""
+    figures, metric = section(entry, "figures"), at(entry, "metric")
+    return {role: {metric: at(own, metric)} if metric in section(own) else own for role, own in figures.items()}
 
 
 def _attack(entry: object, score: object, figures: object) -> dict[str, Any]:
