@@ -24,6 +24,7 @@ from loku.files import replace_file
 from loku.job import Job, UnlearnResult
 from loku.models import check_model_source, load_config, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
+from loku.record import write_record
 from loku.report.artefacts import ROLES
 from loku.report.card import write_model_card
 from loku.report.figures import beyond_note, beyond_retain_only
@@ -118,6 +119,7 @@ def assess(
             measured = _measure(result, job, run, options, rows)
     run.record["seconds"]["total"] = round(sum(v for k, v in run.record["seconds"].items() if k != "total"), 3)
     run.update(status="finished")
+    record = write_record(run.path, job.forget)
     write_model_card(
         result.adapter,
         run=run.record,
@@ -126,6 +128,7 @@ def assess(
         retain_only=measured["retain_only"].to_json() if "retain_only" in measured else None,
         kind="model" if options.tune == "full" else "adapter",
         base_model=options.model or "unknown",
+        record="../record.json",
     )
     if measured:
         print_table(measured)
@@ -135,6 +138,7 @@ def assess(
         for warning in measured["unlearned"].warnings:
             print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
+    console.print(f"record: {record} (to hand over; keep {record.with_suffix('.salt').name} to yourself)")
     adapter = run.record["adapter"]
     if adapter["rank"] is not None:
         console.print(f"adapter: {result.adapter} (ordinary LoRA of rank {adapter['rank']} on the untouched base)")

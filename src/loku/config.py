@@ -13,6 +13,7 @@ from typing import Any
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
 from loku.options import Options, option, pairs, seed_option, several
+from loku.record_options import RecordOptions, VerifyOptions  # noqa: F401 - all option sets are found here
 
 FORGET_LOSSES = (
     "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",

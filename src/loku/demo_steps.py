@@ -23,7 +23,7 @@ from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.finetune import train_model
 from loku.job import prepare
-from loku.models import load_model, load_tokenizer
+from loku.models import load_model, load_tokenizer, weights_sha256
 from loku.progress import forward_to
 from loku.quiet import quiet_libraries
 from loku.runs import RunFolder
@@ -131,6 +131,7 @@ def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: S
         keep_text=True,
         seed=step.seed,
         model_name=name,
+        model_sha256=weights_sha256(model),
     )
 
 
