@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.assessment import AssessmentRows, assess
+from loku.assessment import assess
+from loku.assessment_rows import AssessmentRows
 from loku.attack import attack_run
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.data.encoding import Encoder

@@ -74,7 +74,8 @@ def reference(options: ReferenceOptions) -> None:
 @quietly
 def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
-    from loku.assessment import assess, check_rows, load_assessment_rows
+    from loku.assessment import assess, check_rows
+    from loku.assessment_rows import load_assessment_rows
     from loku.data.prompts import resolve_template
     from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_config, load_model, load_tokenizer

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loku.assessment import AssessmentRows
+from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of
 from loku.bench.models import measure, measured_rows, results_file, unlearn_options
 from loku.bench.recipe import RETAIN_ONLY, TARGET
