@@ -114,7 +114,7 @@ def build_parser() -> Parser:
         elif cls is ExportOptions:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
         elif cls is BenchOptions:
-            sub.add_argument("recipe", help="the benchmark's YAML file; see docs/bench.md")
+            sub.add_argument("recipe", nargs="?", help="the benchmark's YAML file; see docs/bench.md")
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)

@@ -100,7 +100,8 @@ def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: M
         for column, value in _relearned(record.get("relearning")).items():
             add(column, value)
         if role == "unlearned":
-            add("steps", steps_taken(record))
+            if not record.get("error"):
+                add("steps", steps_taken(record))
             add("seconds", record["seconds"].get("all"))
             add("peak MB", record["peak_memory_bytes"] / 1e6)
     return Row(label, role, values, sum(bool(record.get("error")) for _, record in records))
@@ -112,7 +113,7 @@ def _relearned(curve: Mapping[str, Any] | None) -> dict[str, float]:
         return {}
     found = {}
     for column, metric in (("relearned rest, acc.", "exact_match"), ("relearned rest, prob.", "probability")):
-        values = (curve.get("probe") or {}).get("rest", {}).get(metric)
+        values = curve.get("means", {}).get("rest", {}).get(metric)
         if values:
             found[column] = float(values[-1])
     return found

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from loku.bench.figures import figures_of
-from loku.bench.models import measure, measured_rows, results_file, unlearn_options
+from loku.bench.models import located, measure, measured_rows, reopened, results_file, unlearn_options, watched_rows
 from loku.bench.recipe import RETAIN_ONLY, TARGET
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
-from loku.data.sources import load_records
 from loku.errors import DivergenceError, InputError
-from loku.files import write_json
+from loku.files import read_json, write_json
 from loku.job import load_rows, prepare
 from loku.models import load_model, load_tokenizer
-from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
+from loku.runs import hardware, peak_memory_bytes, versions
 from loku.training import run_job
+
+KEPT = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data", "adapter")
 
 
 def run_trial(task: Task) -> None:
@@ -32,7 +33,7 @@ def run_trial(task: Task) -> None:
         raise InputError(f"The models of seed {task.seed} are not there.", "Run the benchmark again: it makes them.")
     options = unlearn_options(recipe, recipe.settings(task.arm, point), folder, task.seed)
     if RETAIN_ONLY in recipe.stages:
-        options.retain_only_model = str(results_file(folder, RETAIN_ONLY))
+        options.retain_only_model = located(RETAIN_ONLY, recipe, folder)
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "bench": recipe.name,
@@ -42,6 +43,7 @@ def run_trial(task: Task) -> None:
         "seed": task.seed,
         "settings": recipe.settings(task.arm, point),
         "models": {name: found["sha256"] for name, found in models["models"].items()},
+        "measured": models["data"],
     }
     work = task.path.with_suffix(".work")
     start = time.monotonic()
@@ -49,7 +51,7 @@ def run_trial(task: Task) -> None:
         record |= _unlearn(task, options, folder, work)
         record["error"] = None
     except DivergenceError as error:
-        record |= {"figures": None, "error": error.given}
+        record |= _known(read_json(work / "run.json"), work) | {"figures": None, "error": error.given}
     record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
     record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
     write_json(task.path, record)
@@ -59,15 +61,14 @@ def run_trial(task: Task) -> None:
 def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, Any]:
     """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
     recipe = task.recipe
-    run = RunFolder.check(work, options.as_dict())
+    run = reopened(work, options.as_dict())
     forget, retain = load_rows(options)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
-    result = run_job(job, run, options)
     rows = measured_rows(recipe, options, folder)
-    rows["forget"] = load_records(str(options.forget), data_dir=options.data_dir)
+    result = run_job(job, run, options, watched_rows(rows, options.retain_only_model))
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
@@ -77,11 +78,15 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     if recipe.relearn is not None:
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
-    kept = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data")
-    found |= {name: run.record[name] for name in kept if run.record.get(name) is not None}
-    found["initialisation"] = _brief(found.get("initialisation"))
-    found["importance"] = _brief(found.get("importance"))
-    return found | {"seconds": dict(run.record["seconds"]), "curve": _curve(work / "curve.jsonl")}
+    return found | _known(run.record, work)
+
+
+def _known(run: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Return what the record keeps of run.json, as far as the run came."""
+    found = {name: run[name] for name in KEPT if run.get(name) is not None}
+    for name in ("initialisation", "importance"):
+        found[name] = _brief(found.get(name))
+    return found | {"seconds": dict(run.get("seconds", {})), "curve": _curve(work / "curve.jsonl")}
 
 
 def _brief(value: Any) -> Any:
