@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench_builders import page as leaderboard
 from loku.report.html import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,10 +51,13 @@ def browse(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("kind", ["run", "comparison"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "benchmark"])
 def test_nothing_sticks_out(make_run: Callable[..., Path], tmp_path: Path, width: int, kind: str) -> None:
-    runs = [make_run("loku")] if kind == "run" else [make_run(method) for method in ("ga", "npo", "ihl", "loku")]
-    report = write_report(runs, tmp_path / "report.html")
+    if kind == "benchmark":
+        report = leaderboard(tmp_path, 24)
+    else:
+        runs = [make_run("loku")] if kind == "run" else [make_run(method) for method in ("ga", "npo", "ihl", "loku")]
+        report = write_report(runs, tmp_path / "report.html")
     (tmp_path / "copy.html").write_text(report.read_text().replace("</body>", MEASURE))
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page="copy.html", width=width))

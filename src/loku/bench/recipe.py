@@ -323,9 +323,8 @@ def _check_arms(recipe: Recipe, where: str) -> None:
             own = {**point, **arm.options}
             _refuse(own, SHARED, label, "which all arms must share", "Put it under unlearn.")
             if "retain" in own and "retain" not in recipe.measure:
-                raise InputError(
-                    f"{label} sets 'retain': its figures are of other rows.", "Give measure: {retain: ...}."
-                )
+                given = f"{label} sets 'retain', and is measured on those rows, too."
+                raise InputError(given, "Name the rows to measure all arms on: measure: {retain: ...}.")
             settings = recipe.settings(arm, point)
             _refuse(settings, SET_BY_THE_BENCH, label)
             options = _resolved(UnlearnOptions, settings, label)
