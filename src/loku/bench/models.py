@@ -42,6 +42,11 @@ def located(name: str, recipe: Recipe, folder: Path) -> str:
     return str(folder / name) if recipe.corpus is not None and name.startswith(f"{CORPUS}/") else name
 
 
+def recipe_name(path: str, folder: Path) -> str:
+    """Return what the recipe calls a file: the inverse of `located`, so that results name no machine's folders."""
+    return path.removeprefix(f"{folder}/")
+
+
 def build_models(task: Task) -> None:
     """Make what one seed's runs start from, and write models.json when all is there. An interrupted build goes on."""
     recipe, folder, start = task.recipe, task.path.parent, time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,7 +18,7 @@ from loku.bench.store import Task, write_collection
 from loku.bench.workers import Outcome, Workers, check_backend, cores, workers
 from loku.config import BenchOptions
 from loku.errors import InputError, LokuError, suggestion
-from loku.files import check_output_folder, write_json
+from loku.files import check_output_folder, write_json, write_text
 from loku.progress import Update, console, progress
 
 AGAIN = "What was written is kept; run the same command again to repeat them."
@@ -43,7 +42,7 @@ def bench(options: BenchOptions) -> Path:
         return root
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
-        shutil.copyfile(str(options.recipe), root / "recipe.yaml")
+        write_text(root / "recipe.yaml", Path(str(options.recipe)).read_text(encoding="utf-8"))
         grid = Grid(schedule, options.time_limit)
         try:
             if schedule.ready():

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from loku.bench.figures import figures_of
-from loku.bench.models import located, measure, measured_rows, reopened, results_file, unlearn_options, watched_rows
+from loku.bench.models import (
+    located,
+    measure,
+    measured_rows,
+    recipe_name,
+    reopened,
+    results_file,
+    unlearn_options,
+    watched_rows,
+)
 from loku.bench.recipe import RETAIN_ONLY, TARGET
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
@@ -51,7 +60,7 @@ def run_trial(task: Task) -> None:
         record |= _unlearn(task, options, folder, work)
         record["error"] = None
     except DivergenceError as error:
-        record |= _known(read_json(work / "run.json"), work) | {"figures": None, "error": error.given}
+        record |= _known(read_json(work / "run.json"), work, folder) | {"figures": None, "error": error.given}
     record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
     record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
     write_json(task.path, record)
@@ -78,14 +87,15 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     if recipe.relearn is not None:
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
-    return found | _known(run.record, work)
+    return found | _known(run.record, work, folder)
 
 
-def _known(run: dict[str, Any], work: Path) -> dict[str, Any]:
+def _known(run: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:
     """Return what the record keeps of run.json, as far as the run came."""
     found = {name: run[name] for name in KEPT if run.get(name) is not None}
     for name in ("initialisation", "importance"):
         found[name] = _brief(found.get(name))
+    found["data"] = {side: {**rows, "name": recipe_name(rows["name"], folder)} for side, rows in run["data"].items()}
     return found | {"seconds": dict(run.get("seconds", {})), "curve": _curve(work / "curve.jsonl")}
 
 
