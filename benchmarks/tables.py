@@ -35,7 +35,7 @@ def spread(found: dict[str, float], digits: int = 2) -> str:
     return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
 
 
-def head() -> str:
+def head(file: str = "head") -> str:
     """The fused head against the released formulation, plain autograd and the two products nobody can avoid."""
     rows = [
         [
@@ -48,7 +48,7 @@ def head() -> str:
             f"{r['errors']['loku']['gradient_before_rounding']:.0e}",
             f"{r['errors']['plain']['gradient']:.0e}",
         ]
-        for r in read("head")["results"]
+        for r in read(file)["results"]
     ]
     names = ["shape", "type", "times faster than released", "than plain", "time over the limit", "memory of released"]
     return table([*names, "gradient error", "of plain"], rows)
@@ -124,6 +124,7 @@ def evaluation() -> str:
 
 BLOCKS = {
     "head": head,
+    "head_cuda": lambda: head("head_cuda"),
     "meeting": meeting,
     "importance": importance,
     "factorisation": factorisation,

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from loku.config import (
+    AttackOptions,
     BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
     read_recipe,
@@ -27,9 +29,11 @@ from loku.options import Options, flag
 VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "demo": (DemoOptions, "offline tour: trains small models on a fictitious corpus, unlearns, evaluates, reports"),
     "finetune": (FinetuneOptions, "train a target or a retain-only model"),
+    "reference": (ReferenceOptions, "train and measure the retain-only model: the target's recipe without forget rows"),
     "importance": (ImportanceOptions, "Fisher importance of forget against retain rows, to a file"),
     "unlearn": (UnlearnOptions, "the main job: model + forget set (+ retain set) in, adapter + report out"),
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
+    "attack": (AttackOptions, "try to bring the knowledge back: relearning, compression, prompts, membership, ..."),
     "export": (ExportOptions, "ordinary LoRA, rank-truncated LoRA, or merged model"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
     "bench": (BenchOptions, "a grid of methods and seeds from a recipe, resumable, to JSON and a leaderboard"),
@@ -89,6 +93,7 @@ def _positional(cls: type[Options] | None) -> str:
         ReportOptions: "folder ... ",
         ExportOptions: "run ",
         BenchOptions: "recipe.yaml ",
+        AttackOptions: "[run | recipe.yaml] ",
     }
     return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
@@ -115,6 +120,8 @@ def build_parser() -> Parser:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
         elif cls is BenchOptions:
             sub.add_argument("recipe", nargs="?", help="the benchmark's YAML file; see docs/bench.md")
+        elif cls is AttackOptions:
+            sub.add_argument("run", nargs="?", default=argparse.SUPPRESS, help="run folder, or YAML file with options")
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)
@@ -136,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = None
         if cls is not None:
             path = None if cls is BenchOptions else flags.pop("recipe", None)  # a benchmark's recipe is no option list
+            if cls is AttackOptions and str(flags.get("run")).endswith((".yaml", ".yml")):
+                path = flags.pop("run")
             recipe = read_recipe(path) if path else {}
             options = resolve(cls, recipe, flags, where=str(path) if path else "The command line")
         from loku import verbs  # heavy libraries are imported by the verb that needs them

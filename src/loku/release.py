@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loku.adapters.export import PortableLora, load_lora, save_merged, truncate
+from loku.adapters.export import PortableLora, check_fits_base, load_lora, save_merged, truncate
 from loku.config import ExportOptions
 from loku.errors import InputError
 from loku.files import check_output_folder, read_object
@@ -108,14 +108,7 @@ def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
 
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:
     base = load_model(base_name, dtype=options.dtype, device="cpu", trust_remote_code=options.trust_remote_code)
-    sizes = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
-    for name in lora.A:
-        size = (lora.B[name].shape[0], lora.A[name].shape[1])
-        if sizes.get(f"{name}.weight") != (size[::-1] if lora.fan_in_fan_out else size):
-            raise InputError(
-                f"The adapter changes '{name}' ({size[0]} x {size[1]}), which '{base_name}' does not have.",
-                "Give the base model that the adapter was trained on with --model.",
-            )
+    check_fits_base(base, lora, base_name)
     tokenizer = load_tokenizer(base_name, trust_remote_code=options.trust_remote_code)
     save_merged(base, lora, output)
     tokenizer.save_pretrained(output)

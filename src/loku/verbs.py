@@ -12,12 +12,14 @@ from typing import TypeVar
 from rich.table import Table
 
 from loku.config import (
+    AttackOptions,
     BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
 )
@@ -55,6 +57,14 @@ def methods(_: None = None) -> None:
 def finetune(options: FinetuneOptions) -> None:
     """Train a target or a retain-only model."""
     from loku.finetune import finetune as run
+
+    run(options)
+
+
+@quietly
+def reference(options: ReferenceOptions) -> None:
+    """Train and measure the retain-only model."""
+    from loku.retain_only import reference as run
 
     run(options)
 
@@ -140,6 +150,17 @@ def evaluate(options: EvaluateOptions) -> None:
         outcome = evaluate_logs_from_options(options)
     else:
         outcome = evaluate_from_options(options)
+    if options.json:
+        json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+
+
+@quietly
+def attack(options: AttackOptions) -> None:
+    """Try to bring the knowledge back."""
+    from loku.attack import attack as run
+
+    outcome = run(options)
     if options.json:
         json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
         sys.stdout.write("\n")

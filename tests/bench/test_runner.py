@@ -27,7 +27,7 @@ from loku.bench.recipe import parse_recipe
 from loku.bench.runner import Grid
 from loku.bench.schedule import Schedule
 from loku.bench.store import read_collection
-from loku.bench.workers import Outcome, Workers, workers
+from loku.bench.workers import Outcome, Processes, Workers, workers
 from loku.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -240,6 +240,22 @@ def test_a_worker_that_is_killed_takes_no_other_with_it(tmp_path):
         lost = next(outcome for outcome in (first.result(), second.result()) if outcome.status == "failed")
         assert "its process ended (exit code -9)." in lost.given
         assert "Run the same command again" in lost.remedy
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_processes_are_new_for_each_task_or_kept(tmp_path, monkeypatch, keep):
+    context = multiprocessing.get_context("forkserver")
+    processes, plan = Processes(context, keep=keep), Schedule(parse_recipe(tiny(), "r"), str(tmp_path))
+    (tmp_path / "models").write_text("no folder can be made here")
+    seen = []
+    for _ in range(2):
+        assert processes.run(plan.models(0)).status == "failed"
+        seen.append({process.pid for process in processes.alive})
+    assert (len(seen[0]), seen[1]) == ((1, seen[0]) if keep else (0, set()))
+    processes.end()
+    processes.join()
+    assert processes.run(plan.models(0)).status == "failed"
+    assert not any(process.is_alive() for process in processes.alive)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'loku[ray]'")

@@ -19,6 +19,7 @@ from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
 from loku.evaluation.own import evaluate_own
+from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, write_results
 from loku.files import read_json, write_json
 from loku.finetune import finetune
@@ -102,10 +103,14 @@ def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict
     }
 
 
-def watched_rows(rows: Mapping[str, RecordSet], retain_only_model: str | None) -> AssessmentRows:
-    """Return what a run's measurements while training look at, besides the forget rows."""
+def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None) -> AssessmentRows:
+    """Return what a run's measurements while training look at; `retain_only` is a model's name or results file."""
     retain, general, holdout = (rows.get(name) for name in ("retain", "general", "holdout"))
-    return AssessmentRows(retain=retain, general=general, holdout=holdout, retain_only_model=retain_only_model)
+    measured = retain_only if retain_only and retain_only.endswith(".json") else None
+    return AssessmentRows(
+        retain=retain, general=general, holdout=holdout, retain_only_model=None if measured else retain_only,
+        reference=load_reference(measured) if measured else None,
+    )  # fmt: skip
 
 
 def results_file(folder: Path, name: str) -> Path:

@@ -19,12 +19,12 @@ from loku.bench.models import (
     unlearn_options,
     watched_rows,
 )
-from loku.bench.recipe import RETAIN_ONLY, TARGET
+from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
 from loku.errors import DivergenceError, InputError
 from loku.files import read_json, write_json
-from loku.job import load_rows, prepare
+from loku.job import Job, load_rows, prepare
 from loku.models import load_model, load_tokenizer
 from loku.runs import hardware, peak_memory_bytes, versions
 from loku.training import run_job
@@ -42,7 +42,7 @@ def run_trial(task: Task) -> None:
         raise InputError(f"The models of seed {task.seed} are not there.", "Run the benchmark again: it makes them.")
     options = unlearn_options(recipe, recipe.settings(task.arm, point), folder, task.seed)
     if RETAIN_ONLY in recipe.stages:
-        options.retain_only_model = located(RETAIN_ONLY, recipe, folder)
+        options.retain_only_model = str(results_file(folder, RETAIN_ONLY))
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "bench": recipe.name,
@@ -52,7 +52,7 @@ def run_trial(task: Task) -> None:
         "seed": task.seed,
         "settings": recipe.settings(task.arm, point),
         "models": {name: found["sha256"] for name, found in models["models"].items()},
-        "measured": models["data"],
+        "measured": models.get("data", {}),
     }
     work = task.path.with_suffix(".work")
     start = time.monotonic()
@@ -77,7 +77,7 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
-    result = run_job(job, run, options, watched_rows(rows, options.retain_only_model))
+    result = run_job(job, run, options, watched_rows(rows, _level_source(options, job, recipe, folder)))
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
@@ -88,6 +88,13 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
     return found | _known(run.record, work, folder)
+
+
+def _level_source(options: Any, job: Job, recipe: Recipe, folder: Path) -> str | None:
+    """Return where the forget level comes from: results that are there, or the model where they lack its figures."""
+    if options.retain_only_model is None or not job.forget[0].is_text:
+        return str(options.retain_only_model) if options.retain_only_model else None
+    return located(RETAIN_ONLY, recipe, folder)
 
 
 def _known(run: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def run_task(task: Task) -> Outcome:
     torch.set_num_threads(1)
     quiet_libraries()
     forward_to(lambda *update: None)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # a process on a GPU does many tasks
     try:
         build_models(task) if task.arm is None else run_trial(task)
     except InputError as error:

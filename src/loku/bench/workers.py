@@ -69,13 +69,15 @@ def _local(count: int) -> Iterator[Workers]:
     """Run each task in a process of its own, forked from a server that has imported the libraries.
 
     So a run's peak memory is its own, nothing that it leaves behind reaches the next, and a killed one takes no other
-    with it.
+    with it. On a GPU, where a new process costs seconds, a process does one task after the other.
     """
+    import torch
+
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload([WORK])
-    processes = _Processes(context)
+    processes = Processes(context, keep=torch.cuda.is_available())
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     threads = ThreadPoolExecutor(count)
@@ -84,40 +86,55 @@ def _local(count: int) -> Iterator[Workers]:
     finally:
         processes.end()
         threads.shutdown(cancel_futures=True)
+        processes.join()
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-class _Processes:
-    """The worker processes that are alive."""
+class Processes:
+    """Worker processes: one a task, or with `keep` one for each thread that asks."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, context: Any, *, keep: bool = False) -> None:
         self.context = context
+        self.keep = keep
         self.alive: set[Any] = set()
         self.closed = False
         self.lock = threading.Lock()
+        self.own = threading.local()
 
     def run(self, task: Task) -> Outcome:
-        """Do a task in a new process, and wait for it."""
-        receiver, sender = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_serve, args=(sender, task))
-        with self.lock:
-            if self.closed:
-                return _died(task, "was not begun")
-            process.start()
-            self.alive.add(process)
-        sender.close()
+        """Do a task in a process, and wait for it."""
+        kept = getattr(self.own, "worker", None)
+        process, pipe = kept or self._start()
+        if process is None:
+            return _died(task, "was not begun")
         try:
-            outcome: Outcome = receiver.recv()
-        except EOFError:
+            pipe.send(task)
+            outcome: Outcome = pipe.recv()
+        except (EOFError, OSError):
             process.join()
             outcome = _died(task, f"its process ended (exit code {process.exitcode})")
+        if self.keep and process.is_alive():
+            self.own.worker = process, pipe
+            return outcome
+        self.own.worker = None
+        pipe.close()  # which tells the process that there is no more to do
         process.join()
         with self.lock:
             self.alive.discard(process)
-        receiver.close()
         return outcome
+
+    def _start(self) -> tuple[Any, Any]:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs,))
+        with self.lock:
+            if self.closed:
+                return None, None
+            process.start()
+            self.alive.add(process)
+        theirs.close()
+        return process, ours
 
     def end(self) -> None:
         """End all of them; what they have written stays for the next call."""
@@ -126,17 +143,24 @@ class _Processes:
             for process in self.alive:
                 process.terminate()
 
+    def join(self) -> None:
+        """Wait for those that no thread waits for."""
+        for process in self.alive:
+            process.join()
+
 
 def _died(task: Task, how: str) -> Outcome:
     memory = "Run the same command again; with fewer --workers if memory was short."
     return Outcome(task.label, "failed", f"{task.label}: {how}.", memory)
 
 
-def _serve(sender: Any, task: Task) -> None:
-    """Do one task and send how it went."""
+def _serve(pipe: Any) -> None:
+    """Do tasks and send how they went, until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sender.send(_run(task))
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            pipe.send(_run(pipe.recv()))
 
 
 def _end_with_parent() -> None:

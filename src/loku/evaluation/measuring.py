@@ -260,7 +260,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
         return _plan_text(work, examples, tokenizer, record)
     question, answer = question_and_answer(record)
     references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
-    row = Measured(record, question, references, examples=list(examples), prompts=[_prompt(examples[0])])
+    row = Measured(record, question, references, examples=list(examples), prompts=[prompt_of(examples[0])])
     source = len(work.examples)
     for example in examples:
         work.score(example, row.answer.append)
@@ -274,13 +274,13 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
     work.ask(row.prompts[0], row.generations.append, source=source)
     if record.paraphrased_question is not None and not record.messages:
         other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
-        work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
-    longest = max(len(example.input_ids) - len(_prompt(example)) for example in encoded)
+        work.ask(prompt_of(other), lambda found: setattr(row, "asked_otherwise", found))
+    longest = max(len(example.input_ids) - len(prompt_of(example)) for example in encoded)
     work.longest_answer = max(work.longest_answer, longest)
     return row
 
 
-def _prompt(example: Example) -> list[int]:
+def prompt_of(example: Example) -> list[int]:
     """Return what is continued: the ids before the answer; of a conversation, before its last assistant turn."""
     start = example.generation_length
     for place in range(start + 1, len(example.labels)):

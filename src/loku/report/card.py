@@ -13,7 +13,7 @@ from loku.errors import InputError
 from loku.files import write_text
 from loku.report.artefacts import ROLES, at, number, section
 from loku.report.details import DATA_COUNTS
-from loku.report.figures import forget_quality_allowed, key_figures
+from loku.report.figures import beyond_note, beyond_retain_only, forget_quality_allowed, key_figures
 from loku.report.numerals import count, figure, percent
 from loku.report.words import release_note, verdict
 
@@ -178,6 +178,9 @@ def _figures(measured: Mapping[str, Mapping[str, Any]]) -> str:
             cells = [_cell(row.values[role]) if role in row.values else figure(None) for role in roles]
             table.append(f"| {_plain(group.title)} | {_plain(row.label)} | " + " | ".join(cells) + " |")
     lines.append("\n".join(table))
+    beyond = beyond_retain_only(measured)
+    if beyond:
+        lines.append(beyond_note(beyond))
     if (
         forget_quality_allowed(measured["unlearned"])
         and at(measured["unlearned"], "summary", "forget_quality") is not None

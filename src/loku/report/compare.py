@@ -13,6 +13,8 @@ from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.figures import (
     METRICS,
+    NO_VIRTUE,
+    beyond_retain_only,
     forget_quality_allowed,
     metric_info,
     set_names,
@@ -72,6 +74,12 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "columns": [_column_label(*column[1:]) for column in columns],
         "starts": [i == 0 or columns[i][0] != columns[i - 1][0] for i in range(len(columns))],
         "rows": rows,
+        "beyond": [
+            (label, ", ".join(less))
+            for label, run in zip(labels, runs, strict=True)
+            if (less := beyond_retain_only({**run.results, "retain_only": references["retain_only"] or {}}))
+        ],
+        "no_virtue": NO_VIRTUE,
         "scatter": scatter_chart(models),
         "truth": truth_multiples(runs, labels, references),
         "cost_head": ["Time", "of it training", "of it importance", "Peak memory", "Steps", "Trainable"],
