@@ -164,6 +164,7 @@ def start(recipe, output, mark):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="looks for processes in /proc; needs Linux")
 def test_killed_and_interrupted_it_goes_on_to_the_same_results(capsys, tmp_path, whole):
     recipe, output, mark = write_recipe(tmp_path, **WHOLE), tmp_path / "out", uuid.uuid4().hex
@@ -249,7 +250,9 @@ def test_processes_are_new_for_each_task_or_kept(tmp_path, monkeypatch, keep):
     (tmp_path / "models").write_text("no folder can be made here")
     seen = []
     for _ in range(2):
-        assert processes.run(plan.models(0)).status == "failed"
+        outcome = processes.run(plan.models(0))
+        assert (outcome.status, "NotADirectoryError" in outcome.given) == ("failed", True)
+        assert outcome.remedy.startswith("It happened here: ")  # the reason cannot be written there, either
         seen.append({process.pid for process in processes.alive})
     assert (len(seen[0]), seen[1]) == ((1, seen[0]) if keep else (0, set()))
     processes.end()

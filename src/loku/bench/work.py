@@ -30,8 +30,16 @@ def run_task(task: Task) -> Outcome:
     except InputError as error:
         return Outcome(task.label, "refused", f"{task.label}: {error.given}", error.remedy)
     except Exception as error:
-        write_text(task.error_file, traceback.format_exc())
         given = error.given if isinstance(error, LokuError) else repr(error)
-        return Outcome(task.label, "failed", f"{task.label}: {given}", f"See '{task.error_file}'.")
+        return Outcome(task.label, "failed", f"{task.label}: {given}", _written(task, traceback.format_exc()))
     task.error_file.unlink(missing_ok=True)
     return Outcome(task.label)
+
+
+def _written(task: Task, text: str) -> str:
+    """Write why a task failed, and say where; without a place to write, say where it happened."""
+    try:
+        write_text(task.error_file, text)
+    except OSError:
+        return f"It happened here: {text.splitlines()[-3].strip()}."
+    return f"See '{task.error_file}'."
