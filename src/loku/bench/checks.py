@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
-from loku.bench.models import SETS, located, measured_rows, unlearn_options, watched_rows
+from loku.bench.models import SETS, located, measured_rows, shared_options, unlearn_options, watched_rows
 from loku.bench.recipe import CORPUS, TARGET, Recipe
 from loku.bench.store import models_folder
 from loku.corpora import write_corpus
 from loku.data.sources import load_records
 from loku.errors import InputError
+from loku.files import sha256_json
 from loku.job import SELF, load_rows, prepare
 from loku.models import check_model_source, load_config, load_tokenizer
+
+# Options whose values were checked when the recipe was read: no rows and no model are needed to refuse them.
+ALWAYS_USABLE = (
+    "learning_rate", "epochs", "max_steps", "batch_size", "grad_accum", "warmup_epochs", "warmup_steps", "scheduler",
+    "weight_decay", "adam_beta2", "max_grad_norm", "max_loss", "save_steps", "importance_eps", "alpha",
+)  # fmt: skip
+WATCHING = ("eval_steps", "stop_at", "level", "keep", "keep_utility")
 
 
 def check_inputs(recipe: Recipe, root: str) -> None:
@@ -91,18 +100,33 @@ def _start(recipe: Recipe, name: str) -> str | None:
 
 
 def _check_arms(recipe: Recipe, folder: Path, place: str) -> None:
+    """Prepare every arm as its run would; those alike in all that can be refused are prepared once."""
     tokenizer = load_tokenizer(place)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(place)).eval()
+
+    @functools.cache
+    def read(retain: str | None) -> Any:
+        return load_rows(unlearn_options(recipe, {**recipe.unlearn, "retain": retain}, folder, 0))
+
+    rows = measured_rows(recipe, shared_options(recipe, folder, 0), folder)
+    seen: set[str] = set()
     for arm in recipe.arms:
         for point in recipe.points(arm):
-            options = unlearn_options(recipe, recipe.settings(arm, point), folder, 0)
-            if options.retain == SELF:  # sampled from the model: nothing to check without its weights
+            settings = {k: v for k, v in recipe.settings(arm, point).items() if k not in ALWAYS_USABLE}
+            found = sha256_json(settings)
+            if found in seen or settings.get("retain") == SELF:  # which is sampled from a model with its weights
                 continue
+            seen.add(found)
+            options = unlearn_options(recipe, settings, folder, 0)
             options.level_model = options.importance = None  # made by the time the arm runs
+            options.model = place
             try:
-                options.model = place
-                job = prepare(model, tokenizer, *load_rows(options), options)
-                check_rows(watched_rows(measured_rows(recipe, options, folder), place), job, options)
+                forget, retain = read(settings.get("retain"))
+                job = prepare(model, tokenizer, forget, retain, options)
+                watched = {name: settings.get(name) for name in WATCHING}
+                if sha256_json(watched) not in seen:
+                    check_rows(watched_rows(rows, place), job, options)
+                    seen.add(sha256_json(watched))
             except InputError as error:
                 raise InputError(f"{recipe.name}, arm '{arm.name}': {error.given}", error.remedy) from None
