@@ -133,3 +133,26 @@ def baselines(name: str) -> str:
         cells = [spread(column) for column in values] + [spread([rest(m) or 0.0 for m in found])]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+FICTION, TOFU = "initialisers-fiction", "initialisers-tofu-10"
+BLOCKS: dict[str, Callable[[], str]] = {
+    f"{place}_{method}_{what}": lambda name=name, method=method, read=read, digits=digits: grid(  # type: ignore[misc]
+        name, method, read, digits
+    )
+    for place, name in (("fiction", FICTION), ("tofu", TOFU))
+    for method in ("ihl", "graddiff")
+    for what, read, digits in (
+        ("steps", steps, 0),
+        ("utility", figure("model_utility"), 3),
+        ("retain", figure("retain.exact_match"), 2),
+        ("rest", rest, 2),
+    )
+}
+BLOCKS |= {
+    f"{place}_{method}_paired": lambda name=name, method=method: paired(name, method)  # type: ignore[misc]
+    for place, name in (("fiction", FICTION), ("tofu", TOFU))
+    for method in ("ihl", "graddiff")
+}
+BLOCKS |= {"fiction_eps": lambda: eps(FICTION)}
+BLOCKS |= {"fiction_baselines": lambda: baselines(FICTION), "tofu_baselines": lambda: baselines(TOFU)}

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the committed JSON.
+"""Writes the tables of docs/performance.md and docs/ablation.md from the committed JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ablation
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md")]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -130,6 +132,7 @@ BLOCKS = {
     "factorisation": factorisation,
     "models": models,
     "evaluation": evaluation,
+    **ablation.BLOCKS,
 }
 
 
@@ -143,13 +146,14 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the page, or check it."""
-    text = PAGE.read_text(encoding="utf-8")
-    if sys.argv[1:] == ["--check"]:
-        if filled(text) != text:
-            raise SystemExit(f"{PAGE.name} does not say what the JSON says: run python benchmarks/tables.py")
-        return
-    PAGE.write_text(filled(text), encoding="utf-8")
+    """Rewrite the pages, or check them."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if sys.argv[1:] == ["--check"]:
+            if filled(text) != text:
+                raise SystemExit(f"{page.name} does not say what the JSON says: run python benchmarks/tables.py")
+        else:
+            page.write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

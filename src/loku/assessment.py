@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from loku.adapters.anchor import target_model
+from loku.assessment_rows import AssessmentRows
 from loku.config import ExportOptions, UnlearnOptions
 from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
@@ -22,8 +22,9 @@ from loku.evaluation.reference import Reference, check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.files import replace_file
 from loku.job import Job, UnlearnResult
-from loku.models import check_model_source, load_config, load_model, load_tokenizer, weights_sha256
+from loku.models import load_config, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
+from loku.record import write_record
 from loku.report.artefacts import ROLES
 from loku.report.card import write_model_card
 from loku.report.figures import beyond_note, beyond_retain_only
@@ -42,37 +43,6 @@ COLUMNS = (
 )
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
 MOVED = 0.02  # change of a mean forget score that a merge into the stored type must not exceed unnoticed
-
-
-@dataclass(frozen=True)
-class AssessmentRows:
-    """Rows and references beyond forget and retain, read before any work starts.
-
-    The retain-only reference is either measured already (`reference`) or a model that is to be measured.
-    """
-
-    retain: RecordSet | None = None  # where other rows are to be measured than those trained on
-    holdout: RecordSet | None = None
-    general: RecordSet | None = None
-    target: Results | None = None
-    reference: Reference | None = None
-    retain_only_model: str | None = None
-
-
-def load_assessment_rows(options: UnlearnOptions) -> AssessmentRows:
-    """Read the holdout and general rows and the retain-only model's results or log (or check that it is a model)."""
-    reference, model = None, None
-    given = options.retain_only_model
-    if given and (given.endswith((".json", ".json.gz")) or Path(given).is_file()):
-        reference = load_reference(given)
-    elif given:
-        model = check_model_source(given, option="--retain-only-model")
-    return AssessmentRows(
-        holdout=_records(options.holdout, "--holdout", options),
-        general=_records(options.general, "--general", options),
-        reference=reference,
-        retain_only_model=model,
-    )
 
 
 def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
@@ -103,10 +73,6 @@ def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
         check_reference(rows.reference, sets["forget"], job.forget.sha256, option="--retain-only-model")
 
 
-def _records(source: str | None, option: str, options: Any) -> RecordSet | None:
-    return load_records(source, option=option, data_dir=options.data_dir) if source else None
-
-
 def assess(
     result: UnlearnResult, job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentRows | None = None
 ) -> dict[str, Results]:
@@ -118,6 +84,7 @@ def assess(
             measured = _measure(result, job, run, options, rows)
     run.record["seconds"]["total"] = round(sum(v for k, v in run.record["seconds"].items() if k != "total"), 3)
     run.update(status="finished")
+    record = write_record(run.path, job.forget)
     write_model_card(
         result.adapter,
         run=run.record,
@@ -126,6 +93,7 @@ def assess(
         retain_only=measured["retain_only"].to_json() if "retain_only" in measured else None,
         kind="model" if options.tune == "full" else "adapter",
         base_model=options.model or "unknown",
+        record="../record.json",
     )
     if measured:
         print_table(measured)
@@ -135,6 +103,7 @@ def assess(
         for warning in measured["unlearned"].warnings:
             print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
+    console.print(f"record: {record} (to hand over; keep {record.with_suffix('.salt').name} to yourself)")
     adapter = run.record["adapter"]
     if adapter["rank"] is not None:
         console.print(f"adapter: {result.adapter} (ordinary LoRA of rank {adapter['rank']} on the untouched base)")

@@ -21,6 +21,7 @@ from loku.config import AttackOptions
 from loku.errors import InputError, LokuError, suggestion
 from loku.models import load_model
 from loku.progress import console, progress
+from loku.record import refresh_record
 from loku.report.html import write_report
 
 ORDER = ("retain_only", "target", "unlearned")  # the reference's own figures first
@@ -65,6 +66,7 @@ def attack(options: AttackOptions) -> dict[str, Any]:
     if not options.json:
         print_summary(store.document)
     if options.run and not options.output and (Path(options.run) / "results.json").is_file():
+        refresh_record(options.run)
         console.print(f"report: {write_report([options.run], Path(options.run) / 'report.html')}")
     return store.document
 

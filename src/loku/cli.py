@@ -17,9 +17,11 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    RecordOptions,
     ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
+    VerifyOptions,
     read_recipe,
     resolve,
 )
@@ -35,6 +37,8 @@ VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
     "attack": (AttackOptions, "try to bring the knowledge back: relearning, compression, prompts, membership, ..."),
     "export": (ExportOptions, "ordinary LoRA, rank-truncated LoRA, or merged model"),
+    "record": (RecordOptions, "the unlearning record of a finished run, to hand over"),
+    "verify": (VerifyOptions, "recompute the hashes and a share of the figures of a record, and say what differs"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
     "bench": (BenchOptions, "a grid of methods and seeds from a recipe, resumable, to JSON and a leaderboard"),
     "methods": (None, "list every method: family, needs, cost, when to use it"),
@@ -68,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run") or (cls is BenchOptions and name == "recipe"):  # positional
+        if name in ("folders", "run", "record") or (cls is BenchOptions and name == "recipe"):  # positional
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -92,6 +96,8 @@ def _positional(cls: type[Options] | None) -> str:
     names: dict[type[Options], str] = {
         ReportOptions: "folder ... ",
         ExportOptions: "run ",
+        RecordOptions: "run ",
+        VerifyOptions: "record.json ",
         BenchOptions: "recipe.yaml ",
         AttackOptions: "[run | recipe.yaml] ",
     }
@@ -118,6 +124,10 @@ def build_parser() -> Parser:
             sub.add_argument("folders", nargs="+", help="run or evaluation folders; several are compared")
         elif cls is ExportOptions:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
+        elif cls is RecordOptions:
+            sub.add_argument("run", help=cls.fields()["run"].metadata["help"])
+        elif cls is VerifyOptions:
+            sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
         elif cls is BenchOptions:
             sub.add_argument("recipe", nargs="?", help="the benchmark's YAML file; see docs/bench.md")
         elif cls is AttackOptions:

@@ -13,6 +13,7 @@ from typing import Any
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
 from loku.options import Options, option, pairs, seed_option, several
+from loku.record_options import RecordOptions, VerifyOptions  # noqa: F401 - all option sets are found here
 
 FORGET_LOSSES = (
     "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",
@@ -238,7 +239,7 @@ class EvaluateOptions(ModelOptions):
     suite: str = option(
         "own",
         "own: your rows; or a benchmark, as its own code measures it",
-        choices=("own", "tofu", "tdec", "muse", "lume", "rwku"),
+        choices=("own", "tofu", "tdec", "muse", "lume", "rwku", "utility"),
     )
     forget: str | None = option(None, "suites own and lume: forget rows (lume: default from --data-dir)")
     retain: str | None = option(None, "suites own and lume: retain rows (lume: default from --data-dir)")
@@ -252,7 +253,12 @@ class EvaluateOptions(ModelOptions):
     members: str | None = option(None, "suite lume: texts (`document`) that were trained on and must go")
     nonmembers: str | None = option(None, "suite lume: texts (`document`) never trained on")
     mmlu: float | None = option(None, "suite lume: the model's MMLU accuracy, for the final score", least=0, most=1)
-    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, comma-separated")
+    utility: str = option(
+        "",
+        "with any suite, or alone with --suite utility: tasks of lm-eval by name, and local rows as lambada=FILE, "
+        "pubmedqa=FILE, perplexity=FILE, dialogue=FILE; comma-separated",
+    )
+    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, sampling, comma-separated")
     reference_model: str | None = option(
         None, "suites own and tofu: a model that judges how likely the generated answers are"
     )
@@ -349,6 +355,7 @@ class DemoOptions(Options):
     """Options of `loku demo`."""
 
     output: str = option("demo", "folder to write")
+    full: bool = option(False, "also attack the models unlearned by ihl and loku: a minute more")
     seed: int = seed_option(0, "seed of corpus and training")
 
 

@@ -22,6 +22,7 @@ from loku.evaluation.paired import across_seeds, compare
 from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.evaluation.sharing import is_first, several_processes
+from loku.evaluation.utility import utility_figures
 from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_json, write_text
 from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
@@ -65,6 +66,7 @@ def evaluate_from_options(options: EvaluateOptions, role: str = "model") -> dict
 
 def _measured(options: EvaluateOptions, work: Work, request: str | None, role: str) -> Results:
     """Load the model, measure it, and write the results."""
+    work.check()
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -109,6 +111,8 @@ def _show(results: Results, options: EvaluateOptions, role: str, *, again: bool)
         if results.suite in ("own", "tofu"):
             print_table({role: results} | beside)
             _print_membership(results)
+            for name, figure in utility_figures(results).items():
+                console.print(f"{name}: {figure:.4g}")
         else:
             print_suite(results, beside)
         if results.verdict:

@@ -19,9 +19,11 @@ from loku.config import (
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    RecordOptions,
     ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
+    VerifyOptions,
 )
 from loku.errors import InputError
 from loku.files import check_output_file
@@ -72,7 +74,8 @@ def reference(options: ReferenceOptions) -> None:
 @quietly
 def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
-    from loku.assessment import assess, check_rows, load_assessment_rows
+    from loku.assessment import assess, check_rows
+    from loku.assessment_rows import load_assessment_rows
     from loku.data.prompts import resolve_template
     from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
@@ -172,6 +175,22 @@ def export(options: ExportOptions) -> None:
     from loku.release import export as run
 
     run(options)
+
+
+@quietly
+def record(options: RecordOptions) -> None:
+    """Write the unlearning record of a finished run."""
+    from loku.record import record_from_options
+
+    console.print(f"record written to {record_from_options(options)}")
+
+
+@quietly
+def verify(options: VerifyOptions) -> None:
+    """Compare a record with what is there, and say what differs."""
+    from loku.verify import verify_from_options
+
+    verify_from_options(options)
 
 
 def report(options: ReportOptions) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loku.attacks.prompting import Asked, judge
 from loku.errors import InputError
-from loku.evaluation.decoding import Choice, decode, decodes_plainly
+from loku.evaluation.decoding import decode, decodes_plainly
 from loku.evaluation.modes import end_ids, evaluating
+from loku.evaluation.sampling import sampler
 
 SAMPLES, TEMPERATURE = 8, 1.0
 ROWS = 64  # sampled together
@@ -29,14 +30,13 @@ def sample(
 ) -> list[list[list[int]]]:
     """Return `count` continuations of each prompt, sampled from softmax(logits / temperature), ends left out.
 
-    The draws depend on the seed and the rows that are sampled together, not on the caller's random numbers. Raises
+    The draws depend on the seed and the prompt's place alone, not on the caller's random numbers. Raises
     InputError for a model that cannot be decoded row by row (`decodes_plainly`).
     """
     stops = end_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    choose = chooser(temperature, seed)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    jobs = [place for place in order for _ in range(count)]
+    jobs = [(place, draw) for place in order for draw in range(count)]
     found: list[list[list[int]]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model):
         reason = decodes_plainly(model)
@@ -44,27 +44,17 @@ def sample(
             raise InputError(f"Answers of this model cannot be sampled: {reason}.", "Leave this attack out.")
         for start in range(0, len(jobs), ROWS):
             batch = jobs[start : start + ROWS]
-            rows = [prompts[place] for place in batch]
-            for place, ids in zip(
-                batch, decode(model, rows, [limits[place] for place in batch], stops, pad_id, choose), strict=True
-            ):
+            rows, most = [prompts[place] for place, _ in batch], [limits[place] for place, _ in batch]
+            seeds = [_seed(seed, place, draw) for place, draw in batch]
+            said = decode(model, rows, most, stops, pad_id, sampler(seeds, temperature))
+            for (place, _), ids in zip(batch, said, strict=True):
                 found[place].append(ids)
     return found
 
 
-def chooser(temperature: float, seed: int) -> Choice:
-    """Return a function that draws next tokens from logits (rows, vocabulary) at a temperature above 0.
-
-    By Gumbel's trick, argmax of logits / temperature + noise, with the noise made on the CPU: the same draws anywhere.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        uniform = torch.rand(logits.shape, generator=generator).clamp_min(1e-20)
-        noise = -torch.log((-torch.log(uniform)).clamp_min(1e-20))
-        return (logits.float() / temperature + noise.to(logits.device)).argmax(dim=-1)
-
-    return choose
+def _seed(seed: int, place: int, draw: int) -> int:
+    """Return a seed of its own for every answer, so that its neighbours in a batch change nothing."""
+    return ((seed * 1_000_003 + place) * 1_000_003 + draw) % 2**63
 
 
 def best_of(

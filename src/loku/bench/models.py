@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loku.assessment import AssessmentRows
+from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of
 from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned

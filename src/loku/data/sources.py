@@ -22,7 +22,7 @@ from loku.files import sha256_json
 BENCHMARKS = {"tofu": "locuslab/TOFU"}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%-]+)?$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%+-]+)?$")
 
 
 @dataclass(frozen=True)

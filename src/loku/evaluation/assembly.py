@@ -109,7 +109,9 @@ def evaluate_prepared(
         template = resolve_template(tokenizer, _model_folder(model))
     encoder = Encoder(tokenizer, template, max_length=max_length)
     measured = measure(model, tokenizer, encoder, prepared.records, effort=effort, progress=progress)
-    add_extras(model, tokenizer, template, measured, extras=extras, reference_model=reference_model, effort=effort)
+    add_extras(
+        model, tokenizer, template, measured, extras=extras, reference_model=reference_model, effort=effort, seed=seed
+    )
     sets = {
         name: set_results(rows, forget=name == "forget", normalised=name in normalised_sets, seed=seed)
         for name, rows in measured.items()

@@ -39,6 +39,7 @@ class RunFolder:
     problems: list[str] = field(default_factory=list)
     watched: list[dict[str, Any]] = field(default_factory=list)  # what was measured while training
     attacks: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None  # record.json, where the run has one
 
     @property
     def name(self) -> str:
@@ -101,6 +102,7 @@ def read_folder(path: str | Path) -> RunFolder:
         problems=problems,
         watched=_read_lines(path / "curve.jsonl", problems),
         attacks=_read_object(path / ATTACKS),
+        record=_read_object(path / "record.json"),
     )
 
 
@@ -145,7 +147,8 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _restore(path: Path) -> str:
-    written = dict.fromkeys(("run.json", "metrics.jsonl", "curve.jsonl"), "loku unlearn") | {ATTACKS: "loku attack"}
+    written = dict.fromkeys(("run.json", "metrics.jsonl", "curve.jsonl"), "loku unlearn")
+    written |= {ATTACKS: "loku attack", "record.json": "loku record"}
     verb = written.get(path.name, "loku evaluate")
     return f"Restore the file from a copy, or write it again with `{verb}`."
 

@@ -23,6 +23,7 @@ class Metric:
 METRICS = {
     "probability": Metric("Answer probability", "how likely the model finds the right answer, per token"),
     "rougeL_recall": Metric("ROUGE-L recall", "share of the right answer's words in what it generates"),
+    "rougeL_f1": Metric("ROUGE-L F1", "the same words, counted against the length of both"),
     "exact_match": Metric("Exact match", "share of generated answers that are word for word right"),
     "truth_ratio": Metric("Truth ratio", "wrong answers against the right one; to be compared with the other columns"),
     "truth_ratio_arithmetic": Metric("Truth ratio, arithmetic", "the same with an arithmetic mean of wrong answers"),

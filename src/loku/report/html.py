@@ -19,6 +19,7 @@ from loku.report.details import costs, data_counts, importance_rows, layer_figur
 from loku.report.examples import example_sets
 from loku.report.figures import all_figures, glance, key_figures, metric_info
 from loku.report.numerals import count, duration, figure, memory, moment, percent
+from loku.report.recorded import recorded
 from loku.report.svg import strip
 from loku.report.watched import watched_charts, watched_notes
 from loku.report.words import explanation, missing_pieces, not_claimed, verdict
@@ -118,4 +119,5 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "data": data_counts(run, results),
         "config": folder.config,
         "provenance": provenance(folder),
+        "record": recorded(folder.record),
     }
