@@ -32,9 +32,10 @@ A stage without `data` names a model that exists, such as a hub id. Every seed h
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
 EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
 RULES = ("closest", "level")
 MEASURED = ("retain",)
-RELEARN = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
+RELEARN: dict[str, Any] = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
+# What all models of a benchmark are measured by: the same for all arms, or their figures could not be compared.
+SHARED = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "prompt_template", "dtype")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SET_BY_THE_BENCH = ("output", "seed", "threads", "model", "retain_only_model", "evaluate", "keep_text")
 
 
@@ -106,8 +110,15 @@ class Recipe:
         """Return the arm at which this one is tuned: itself, or its sibling at the values of `tuning.at`."""
         if not self.tuning.at or not all(name in arm.options for name in self.tuning.at):
             return arm
+        return next(self._siblings(arm), arm)
+
+    def has_sibling(self, arm: Arm) -> bool:
+        """Return whether some arm has this one's options with the values of `tuning.at`."""
+        return next(self._siblings(arm), None) is not None
+
+    def _siblings(self, arm: Arm) -> Iterator[Arm]:
         wanted = {**arm.options, **self.tuning.at}
-        return next((other for other in self.arms if dict(other.options) == wanted), arm)
+        return (other for other in self.arms if dict(other.options) == wanted)
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """Return the grid points that differ for an arm; one when it fixes everything that is tuned."""
@@ -124,8 +135,7 @@ class Recipe:
         return sha256_json((self.corpus, self.stages, self.measure, self.relearn, self._measured()))[:10]
 
     def _measured(self) -> dict[str, Any]:
-        names = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "dtype", "device")
-        return {name: self.unlearn[name] for name in names if name in self.unlearn}
+        return {name: self.unlearn[name] for name in (*SHARED, "device") if name in self.unlearn}
 
 
 def load_recipe(path: str | Path | None) -> Recipe:
@@ -162,13 +172,18 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         stages=stages,
         unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
         measure=_mapping(parts.get("measure", {}), f"{where}, measure", MEASURED),
-        relearn=None if relearn is None else RELEARN | _mapping(relearn, f"{where}, relearn", tuple(RELEARN)),
+        relearn=None if relearn is None else _relearn(_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
         arms=_arms(parts["arms"], where),
         tuning=_tuning(parts.get("tuning"), where),
         seeds=_seeds(parts["seeds"], f"{where}, seeds"),
         noise_floor=_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
-        seconds=_mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")),
+        seconds={
+            kind: _number(value, f"{where}, seconds: {kind}")
+            for kind, value in _mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")).items()
+        },
     )
+    if not NAME.fullmatch(recipe.name):
+        raise InputError(f"{where} has the name '{recipe.name}'.", "Give letters, digits, dots and hyphens: a folder.")
     _check_stages(recipe, where)
     _check_arms(recipe, where)
     return recipe
@@ -213,6 +228,29 @@ def _count(value: Any, where: str) -> int:
     if type(value) is not int or value < 0:
         raise InputError(f"{where} is {value!r}.", "Give a whole number, 0 or more.")
     return value
+
+
+def _number(value: Any, where: str, most: float = math.inf) -> float:
+    try:  # YAML reads 5e-4 as text
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < most:
+        raise InputError(
+            f"{where} is {value!r}.", f"Give a number above 0{'' if most == math.inf else ' and below 1'}."
+        )
+    return number
+
+
+def _relearn(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of the relearning attack, those that were not given by their defaults."""
+    found = RELEARN | dict(given)
+    for name in ("steps", "every"):
+        if type(found[name]) is not int or found[name] < 1:
+            raise InputError(f"{where}, relearn: {name} is {found[name]!r}.", "Give a whole number, 1 or more.")
+    found["learning_rate"] = _number(found["learning_rate"], f"{where}, relearn: learning_rate")
+    found["share"] = _number(found["share"], f"{where}, relearn: share", most=1.0)
+    return found
 
 
 def _arms(value: Any, where: str) -> tuple[Arm, ...]:
@@ -276,26 +314,53 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         known.append(name)
     if recipe.noise_floor and "data" not in recipe.stages.get(RETAIN_ONLY, {}):
         raise InputError(f"{where} has a noise_floor, but trains no stage '{RETAIN_ONLY}'.", "Leave noise_floor out.")
+    if len(recipe.tuning.points) > 1 and recipe.tuning.choose == "closest" and RETAIN_ONLY not in recipe.stages:
+        raise InputError(
+            f"{where} tunes for the point closest to the retain-only model, but has no stage '{RETAIN_ONLY}'.",
+            "Add that stage, or tune by choose: level.",
+        )
     overlap = sorted(set(recipe.seeds) & set(recipe.tuning.seeds))
     if overlap:
         raise InputError(f"{where} tunes on seeds that it reports ({overlap}).", "Tune on other seeds.")
 
 
 def _check_arms(recipe: Recipe, where: str) -> None:
+    if not recipe.unlearn.get("forget"):
+        raise InputError(f"{where} has no forget set.", "Give unlearn: {forget: ...}.")
     for arm in recipe.arms:
         label = f"{where}, arm '{arm.name}'"
         for point in recipe.points(arm):
+            own = {**point, **arm.options}
+            _refuse(own, SHARED, label, "which all arms must share", "Put it under unlearn.")
+            if "retain" in own and "retain" not in recipe.measure:
+                given = f"{label} sets 'retain', and is measured on those rows, too."
+                raise InputError(given, "Name the rows to measure all arms on: measure: {retain: ...}.")
             settings = recipe.settings(arm, point)
             _refuse(settings, SET_BY_THE_BENCH, label)
-            _resolved(UnlearnOptions, settings, label)
-            if not settings.get("forget"):
-                raise InputError(f"{label} has no forget set.", "Give unlearn: {forget: ...}.")
+            options = _resolved(UnlearnOptions, settings, label)
+            if recipe.tuning.choose == "level" and options.stop_at != "level":
+                raise InputError(
+                    f"{label} is tuned by choose: level, but does not stop there.",
+                    "Give unlearn: {eval_steps: 5, stop_at: level}, or tune by choose: closest.",
+                )
+        at = recipe.tuning.at
+        if at and all(name in arm.options for name in at) and not recipe.has_sibling(arm):
+            raise InputError(
+                f"{label} is to be tuned at {dict(at)}, but no arm of its kind has these values.",
+                "Add that arm, or leave out tuning: {at}.",
+            )
 
 
-def _refuse(options: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def _refuse(
+    options: Mapping[str, Any],
+    names: Sequence[str],
+    where: str,
+    why: str = "which the benchmark sets itself",
+    remedy: str = "Leave it out.",
+) -> None:
     for name in names:
         if name in options:
-            raise InputError(f"{where} sets '{name}', which the benchmark sets itself.", "Leave it out.")
+            raise InputError(f"{where} sets '{name}', {why}.", remedy)
 
 
 def _resolved(cls: type[Options], values: Mapping[str, Any], where: str) -> Any:
