@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.bench.checks import check_inputs
+from loku.bench.compact import compact
 from loku.bench.leaderboard import write_leaderboard
 from loku.bench.recipe import Recipe, load_recipe
 from loku.bench.schedule import Schedule
@@ -94,7 +95,7 @@ def write_outcome(schedule: Schedule, root: Path) -> Path:
     write_json(root / "chosen.json", {"rule": recipe.tuning.choose, "arms": choices})
     models = [schedule.record(schedule.models(seed)) for seed in recipe.seeds]
     measured = [found for found in models if found is not None]
-    write_collection([*measured, *schedule.finished()], root / "runs.jsonl")
+    write_collection([compact(record) for record in (*measured, *schedule.finished())], root / "runs.jsonl")
     return write_leaderboard(recipe, measured, schedule.finished(), choices, root)
 
 
