@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -61,23 +62,22 @@ SHOWN = (
     "general acc.", "utility", "forget quality", "distance", "relearned rest, acc.", "seconds",
 )  # fmt: skip
 BENCHES = {
-    "fiction": [
-        "## Methods on the fictitious corpus, tuned alike",
-        "",
-        "`loku bench recipes/bench/fiction.yaml`: every method tuned on the same four learning rates on seeds 10 and 11 by",
-        "the distance to the retain-only model, 100 steps, seeds 0 to 4. The last but one row scores other retain-only models",
-        "as if unlearned: the noise floor. *Relearned rest*: accuracy on the other forget rows after relearning a quarter.",
-    ],
-    "midsize-tofu": [
-        "## All of TOFU with a Llama of 97 million parameters, on one H200",
-        "",
-        "`loku bench recipes/bench/midsize-tofu.yaml`, one seed, both learning rates of every method shown, none chosen; 8 of 14",
-        "runs were done when the time on the machine was over (KL, DPO and GA are missing). The books were read for two",
-        "passes and TOFU for six, which was too little: the target gives the forget answers a probability of .55 only,",
-        "and its utility is near zero because it knows none of the world facts. So this says how the methods move, not how good",
-        "they are. LoKU at 1e-3 forgets most and repeats itself; GradDiff at 1e-3 takes the retain answers with it. The runs",
-        "were measured before the head had tiles for a GPU: seconds are no claim.",
-    ],
+    "fiction": (
+        "Methods on the fictitious corpus, tuned alike",
+        """`loku bench recipes/bench/fiction.yaml`: every method was tuned on the same four learning rates on seeds 10
+        and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row scores other
+        retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the other
+        forget rows after relearning a quarter of them.""",
+    ),
+    "midsize-tofu": (
+        "All of TOFU with a Llama of 97 million parameters, on one H200",
+        """`loku bench recipes/bench/midsize-tofu.yaml`, one seed, both learning rates of every method shown, none
+        chosen; 8 of 14 runs were done when the time on the machine was over (KL, DPO and GA are missing). The books were
+        read for two passes and TOFU for six, which was too little: the target gives the forget answers a probability
+        of .55 only, and utility is near zero because no model knows the world facts. So this says how the methods
+        move, not how good they are. LoKU at 1e-3 forgets most and repeats itself; GradDiff at 1e-3 takes the retain
+        answers with it. The head had no tiles for a GPU yet: the seconds are no claim.""",
+    ),
 }
 
 
@@ -199,10 +199,11 @@ def page() -> str:
             f"Verdict: {found['verdict']['level']}. {found['verdict']['sentence']}",
             "",
         ]
-    for name, text in BENCHES.items():
+    for name, (heading, text) in BENCHES.items():
         file = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
         if file.is_file():
-            lines += [*text, "", *bench_table(name, read_collection(file)), ""]
+            prose = textwrap.fill(" ".join(text.split()), 120)
+            lines += [f"## {heading}", "", prose, "", *bench_table(name, read_collection(file)), ""]
     return "\n".join(lines)
 
 
