@@ -74,9 +74,9 @@ BENCHES = {
         """`loku bench recipes/bench/midsize-tofu.yaml`, one seed, both learning rates of every method shown, none
         chosen; 8 of 14 runs were done when the time on the machine was over (KL, DPO and GA are missing). The books
         were read for two passes and TOFU for six, which was too little: the target gives the forget answers a
-        probability of .55 only, and utility is near zero because no model knows the world facts. So this says how the methods
-        move, not how good they are. LoKU at 1e-3 forgets most and repeats itself; GradDiff at 1e-3 takes the retain
-        answers with it. The head had no tiles for a GPU yet: the seconds are no claim.""",
+        probability of .55 only, and utility is near zero because no model knows the world facts. So this says how
+        the methods move, not how good they are. LoKU at 1e-3 forgets most and repeats itself; GradDiff at 1e-3
+        takes the retain answers with it. The head had no tiles for a GPU yet: the seconds are no claim.""",
     ),
 }
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from loku import config
+from loku import config, training_options
 from loku.adapters.initialisers import INITIALISERS
 from loku.config import UnlearnOptions, read_recipe, resolve
 from loku.errors import InputError
@@ -37,7 +37,7 @@ def test_every_method_resolves(name):
 def test_trackers_are_transformers():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-    assert set(config.TRACKERS) == {"none", "all", *INTEGRATION_TO_CALLBACK}
+    assert set(training_options.TRACKERS) == {"none", "all", *INTEGRATION_TO_CALLBACK}
 
 
 def test_the_default_options_are_lokus():

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from loku.config import (
     AttackOptions,
@@ -45,6 +45,26 @@ VERBS: dict[str, tuple[type[Options] | None, str]] = {
 }
 
 
+class Positional(NamedTuple):
+    """What a verb takes without a flag."""
+
+    name: str
+    usage: str
+    help: str
+    many: str | None = None  # argparse's nargs
+
+
+RECIPE = Positional("recipe", "[recipe.yaml]", "YAML file with options; flags win over it", "?")
+POSITIONALS: dict[type[Options], Positional] = {  # of verbs that take something else than a recipe of options
+    ReportOptions: Positional("folders", "folder ...", "run or evaluation folders; several are compared", "+"),
+    ExportOptions: Positional("run", "run", "run folder, or adapter folder together with --model"),
+    RecordOptions: Positional("run", "run", "folder of a finished run"),
+    VerifyOptions: Positional("record", "record.json", "the record, or the run folder that holds it"),
+    BenchOptions: Positional("recipe", "recipe.yaml", "the benchmark's YAML file; see docs/bench.md", "?"),
+    AttackOptions: Positional("run", "[run | recipe.yaml]", "run folder, or YAML file with options", "?"),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors have two halves and suggest the nearest verb."""
 
@@ -72,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run", "record") or (cls is BenchOptions and name == "recipe"):  # positional
+        if name == POSITIONALS.get(cls, RECIPE).name:
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -92,18 +112,6 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
             )
 
 
-def _positional(cls: type[Options] | None) -> str:
-    names: dict[type[Options], str] = {
-        ReportOptions: "folder ... ",
-        ExportOptions: "run ",
-        RecordOptions: "run ",
-        VerifyOptions: "record.json ",
-        BenchOptions: "recipe.yaml ",
-        AttackOptions: "[run | recipe.yaml] ",
-    }
-    return "" if cls is None else names.get(cls, "[recipe.yaml] ")
-
-
 def build_parser() -> Parser:
     """Return the parser of the whole command line."""
     import importlib.metadata
@@ -116,24 +124,13 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"loku {importlib.metadata.version('loku')}")
     verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True, parser_class=Parser)
     for verb, (cls, text) in VERBS.items():
-        usage = f"loku {verb} {_positional(cls)}[--options]".strip()
+        given = None if cls is None else POSITIONALS.get(cls, RECIPE)
+        usage = " ".join(filter(None, ("loku", verb, given and given.usage, "[--options]")))
         sub = verbs.add_parser(verb, help=text, description=text, usage=usage, allow_abbrev=False)
-        if cls is None:
+        if cls is None or given is None:
             continue
-        if cls is ReportOptions:
-            sub.add_argument("folders", nargs="+", help="run or evaluation folders; several are compared")
-        elif cls is ExportOptions:
-            sub.add_argument("run", help="run folder, or adapter folder together with --model")
-        elif cls is RecordOptions:
-            sub.add_argument("run", help=cls.fields()["run"].metadata["help"])
-        elif cls is VerifyOptions:
-            sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
-        elif cls is BenchOptions:
-            sub.add_argument("recipe", nargs="?", help="the benchmark's YAML file; see docs/bench.md")
-        elif cls is AttackOptions:
-            sub.add_argument("run", nargs="?", default=argparse.SUPPRESS, help="run folder, or YAML file with options")
-        else:
-            sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
+        more: dict[str, Any] = {} if given.name == "recipe" else {"default": argparse.SUPPRESS}
+        sub.add_argument(given.name, nargs=given.many, help=given.help, **more)
         add_options(sub, cls)
     return parser
 
