@@ -11,7 +11,10 @@
       forget: corpus/forget.jsonl
       retain: corpus/retain-mixed.jsonl
       max_steps: 100
-    measure: {retain: corpus/retain.jsonl}     # rows measured in place of those trained on
+    measure:                                   # optional
+      retain: corpus/retain.jsonl              # rows measured in place of those trained on
+      suite: own                               # or tdec or lume, with their own rows: see loku.bench.suites
+      memorised: {forget.probability: 0.8}     # what the target must reach, or there is nothing to unlearn
     relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
     arms:
       - {name: GA, method: ga}
@@ -47,7 +50,8 @@ from loku.options import LARGEST_SEED, Options
 
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
 RULES = ("closest", "level")
-MEASURED = ("retain",)
+MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
+MEASURING = ("own", "tdec", "lume")
 RELEARN = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
 SET_BY_THE_BENCH = ("output", "seed", "threads", "model", "retain_only_model", "evaluate", "keep_text")
 
@@ -84,7 +88,7 @@ class Recipe:
     corpus: Mapping[str, Any] | None
     stages: Mapping[str, Mapping[str, Any]]
     unlearn: Mapping[str, Any]
-    measure: Mapping[str, str]
+    measure: Mapping[str, Any]
     relearn: Mapping[str, Any] | None
     arms: tuple[Arm, ...]
     tuning: Tuning
@@ -160,7 +164,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         corpus=_corpus(parts.get("corpus"), where),
         stages=stages,
         unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
-        measure=_mapping(parts.get("measure", {}), f"{where}, measure", MEASURED),
+        measure=_measure(parts.get("measure", {}), f"{where}, measure"),
         relearn=None if relearn is None else RELEARN | _mapping(relearn, f"{where}, relearn", tuple(RELEARN)),
         arms=_arms(parts["arms"], where),
         tuning=_tuning(parts.get("tuning"), where),
@@ -190,6 +194,18 @@ def _corpus(value: Any, where: str) -> dict[str, Any] | None:
     corpus = _mapping(value, f"{where}, corpus")
     check_corpus(corpus, where)
     return corpus
+
+
+def _measure(value: Any, where: str) -> dict[str, Any]:
+    found = _mapping(value, where, (*MEASURED, "suite", "memorised"))
+    if found.get("suite", "own") not in MEASURING:
+        raise InputError(f"{where} by suite '{found['suite']}'.", suggestion(str(found["suite"]), MEASURING))
+    for name in (name for name in MEASURED if not isinstance(found.get(name, ""), str)):
+        raise InputError(f"{where} has {name}: {found[name]!r}.", "Give the name of a file or data set.")
+    for name, least in _mapping(found.get("memorised", {}), f"{where}, memorised").items():
+        if isinstance(least, bool) or not isinstance(least, int | float):
+            raise InputError(f"{where}, memorised has {name}: {least!r}.", "Give the least value, such as 0.8.")
+    return found
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:

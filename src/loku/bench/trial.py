@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from loku.assessment import check_rows, load_assessment_rows
 from loku.bench.figures import figures_of
 from loku.bench.models import measure, measured_rows, results_file, unlearn_options
 from loku.bench.recipe import RETAIN_ONLY, TARGET
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
-from loku.data.sources import load_records
 from loku.errors import DivergenceError, InputError
 from loku.files import write_json
 from loku.job import load_rows, prepare
@@ -65,14 +66,17 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
-    result = run_job(job, run, options)
     rows = measured_rows(recipe, options, folder)
-    rows["forget"] = load_records(str(options.forget), data_dir=options.data_dir)
+    watched = None
+    if options.eval_steps:
+        watched = dataclasses.replace(load_assessment_rows(options), retain=rows.get("retain"))
+        check_rows(watched, job, options)
+    result = run_job(job, run, options, watched)
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
     with run.timed("evaluation"):
-        results = measure(result.model, tokenizer, rows, options, model_name=str(options.method), **against)
+        results = measure(recipe, folder, result.model, tokenizer, options, model_name=str(options.method), **against)
     found: dict[str, Any] = {"figures": figures_of(results)}
     if recipe.relearn is not None:
         with run.timed("relearning"):
