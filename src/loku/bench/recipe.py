@@ -28,6 +28,7 @@
     seeds: [0, 1, 2, 3, 4]
     noise_floor: 1                             # further retain-only models a seed, scored as if unlearned
     seconds: {models: 60, trial: 15}           # what to expect before anything was measured
+    config: {model_type: llama, ...}           # the target's config.json, for --dry-run without the hub
 
 A stage without `data` names a model that exists, such as a hub id. Every seed has its own corpus, models and runs.
 """
@@ -95,6 +96,7 @@ class Recipe:
     seeds: tuple[int, ...]
     noise_floor: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] | str | None = None
 
     @property
     def model_seeds(self) -> tuple[int, ...]:
@@ -171,6 +173,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         seeds=_seeds(parts["seeds"], f"{where}, seeds"),
         noise_floor=_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
         seconds=_mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")),
+        config=_config(parts.get("config"), where),
     )
     _check_stages(recipe, where)
     _check_arms(recipe, where)
@@ -205,6 +208,17 @@ def _measure(value: Any, where: str) -> dict[str, Any]:
     for name, least in _mapping(found.get("memorised", {}), f"{where}, memorised").items():
         if isinstance(least, bool) or not isinstance(least, int | float):
             raise InputError(f"{where}, memorised has {name}: {least!r}.", "Give the least value, such as 0.8.")
+    return found
+
+
+def _config(value: Any, where: str) -> dict[str, Any] | str | None:
+    if value is None or (isinstance(value, str) and Path(value).is_file()):
+        return value
+    if isinstance(value, str):
+        raise InputError(f"{where}: the config '{value}' does not exist.", "Give a JSON file, or its content.")
+    found = _mapping(value, f"{where}, config")
+    if "model_type" not in found:
+        raise InputError(f"{where}, config has no model_type.", "Give what the model's config.json says.")
     return found
 
 

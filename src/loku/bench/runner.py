@@ -27,6 +27,12 @@ def bench(options: BenchOptions) -> Path:
     count = options.workers or cores()
     console.print(describe(schedule, count))
     if options.dry_run:
+        from loku.bench.dry_run import dry_run
+
+        found = dry_run(recipe)
+        console.print(found.table())
+        for note in found.notes:
+            console.print(f"note: {note}")
         return root
     root.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(str(options.recipe), root / "recipe.yaml")
