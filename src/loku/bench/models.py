@@ -107,10 +107,9 @@ def measure(
     **against: Any,
 ) -> Results:
     """Measure a model as every model of the benchmark is measured, against `target` and `reference` where given."""
-    suite = recipe.measure.get("suite", "own")
-    if suite != "own":
-        sources, target = measured_sources(recipe, options, folder), against.get("target")
-        return measure_suite(suite, model, tokenizer, sources, options, model_name=model_name, target=target)
+    if recipe.measure.get("suite", "own") != "own":
+        sources = measured_sources(recipe, options, folder)
+        return measure_suite(recipe.measure, model, tokenizer, sources, options, model_name=model_name, **against)
     rows: dict[str, Any] = dict(measured_rows(recipe, options, folder))
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     return evaluate_own(

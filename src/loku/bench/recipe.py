@@ -13,7 +13,7 @@
       max_steps: 100
     measure:                                   # optional
       retain: corpus/retain.jsonl              # rows measured in place of those trained on
-      suite: own                               # or tdec or lume, with their own rows: see loku.bench.suites
+      suite: own                               # or tofu, tdec, muse, lume: see loku.bench.suites
       memorised: {forget.probability: 0.8}     # what the target must reach, or there is nothing to unlearn
     relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
     arms:
@@ -31,6 +31,7 @@
     config: {model_type: llama, ...}           # the target's config.json, for --dry-run without the hub
 
 A stage without `data` names a model that exists, such as a hub id. Every seed has its own corpus, models and runs.
+A recipe may begin with `extends: other.yaml`: it is that one, with its own entries merged into it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from loku.options import LARGEST_SEED, Options
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
 RULES = ("closest", "level")
 MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
-MEASURING = ("own", "tdec", "lume")
+MEASURING = ("own", "tofu", "tdec", "muse", "lume")
 RELEARN = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
 SET_BY_THE_BENCH = ("output", "seed", "threads", "model", "retain_only_model", "evaluate", "keep_text")
 
@@ -135,18 +136,39 @@ class Recipe:
 
 def load_recipe(path: str | Path | None) -> Recipe:
     """Read and check a benchmark's recipe. Raises InputError that names the part that cannot be used."""
-    import yaml
-
     if not path:
         raise InputError("The recipe is missing.", "Give a YAML file: loku bench recipes/bench/fiction.yaml.")
-    file = Path(path)
+    return parse_recipe(_read(Path(path)), str(path))
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """Read a YAML file, and the one that it extends."""
+    import yaml
+
+    file = path
     if not file.is_file():
         raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a benchmark's YAML file.")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"The recipe '{path}' is not YAML: {error}", "See docs/bench.md for one that is.") from error
-    return parse_recipe(value, str(path))
+    if isinstance(value, Mapping) and "extends" in value:
+        base = file.parent / str(value["extends"])
+        if base.resolve() in (*seen, file.resolve()):
+            raise InputError(f"The recipe '{path}' extends itself.", "Let the last of a chain stand on its own.")
+        value = merged(_read(base, (*seen, file.resolve())), {k: v for k, v in value.items() if k != "extends"})
+    return value
+
+
+def merged(base: Any, changes: Any) -> Any:
+    """Return what a recipe that `extends` another stands for: mappings merged name by name, all else replaced.
+
+    A name that is given nothing (`data:`) is taken out.
+    """
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    kept = {name: value for name, value in base.items() if changes.get(name, ...) is not None}
+    return kept | {name: merged(base.get(name), value) for name, value in changes.items() if value is not None}
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -200,7 +222,7 @@ def _corpus(value: Any, where: str) -> dict[str, Any] | None:
 
 
 def _measure(value: Any, where: str) -> dict[str, Any]:
-    found = _mapping(value, where, (*MEASURED, "suite", "memorised"))
+    found = _mapping(value, where, (*MEASURED, "suite", "corpus", "memorised"))
     if found.get("suite", "own") not in MEASURING:
         raise InputError(f"{where} by suite '{found['suite']}'.", suggestion(str(found["suite"]), MEASURING))
     for name in (name for name in MEASURED if not isinstance(found.get(name, ""), str)):

@@ -30,10 +30,10 @@ def check_corpus(corpus: Mapping[str, Any], where: str) -> None:
             continue
         if name not in taken:
             raise InputError(f"{where}: the corpus '{kind}' takes no '{name}'.", suggestion(name, ("kind", *taken)))
-        if type(value) is not int or value < 1:
+        if type(value) is not int or value < 0:
             raise InputError(
                 f"{where}: the corpus has {name}: {value!r}.",
-                "Give a whole number, 1 or more.",
+                "Give a whole number, 0 or more.",
             )
 
 

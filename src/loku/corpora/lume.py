@@ -26,7 +26,10 @@ MOST_CHARACTERS = 1000  # of a document: the longer ones cost a small model more
 
 
 def lume_corpus(folder: Path, seed: int, *, documents: int = 8) -> None:
-    """Write the corpus with so many documents of each task in each set. Raises InputError without LUME's files."""
+    """Write the corpus with so many documents of each task in each set; 0: with all of LUME, and no nonmembers.
+
+    Raises InputError without LUME's files.
+    """
     rng = random.Random(seed)
     forget, unused = _draw("lume/forget.jsonl", documents, rng)
     retain, _ = _draw("lume/retain.jsonl", documents, rng)
@@ -39,7 +42,8 @@ def lume_corpus(folder: Path, seed: int, *, documents: int = 8) -> None:
         rng.shuffle(plain)
         write_rows(folder / f"{name}.jsonl", plain)
     write_rows(folder / "members.jsonl", _documents(forget))
-    write_rows(folder / "nonmembers.jsonl", _documents(unused))
+    if unused:
+        write_rows(folder / "nonmembers.jsonl", _documents(unused))
 
 
 def _draw(name: str, documents: int, rng: random.Random) -> tuple[list[Row], list[Row]]:
@@ -49,6 +53,9 @@ def _draw(name: str, documents: int, rng: random.Random) -> tuple[list[Row], lis
         grouped[row["task"]].setdefault(document_of(row), []).append(row)
     drawn: list[list[Row]] = [[], []]
     for task, found in grouped.items():
+        if not documents:
+            drawn[0] += [_row(row) for rows in found.values() for row in rows]
+            continue
         short = [rows for rows in found.values() if all(len(r["input"] + r["output"]) <= MOST_CHARACTERS for r in rows)]
         if len(short) < 2 * documents:
             raise InputError(f"'{name}' has {len(short)} short documents of {task}.", f"Ask for {len(short) // 2}.")
