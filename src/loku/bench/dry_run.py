@@ -130,7 +130,7 @@ class _Reading:
         stage = self.recipe.stages.get(name)
         if stage is None:
             return {"model": located(name, self.recipe, self.folder)}
-        return dict(stage) if "new_model" in stage else self.origin(str(stage["model"]))
+        return dict(stage) if stage.get("new_model") else self.origin(str(stage["model"]))
 
     def tokenizer(self, name: str) -> Any:
         """Return a stage's tokenizer, or None."""
@@ -140,7 +140,7 @@ class _Reading:
         found = self.origin(name)
 
         def make() -> Any:
-            if "new_model" not in found:
+            if not found.get("new_model"):
                 return load_tokenizer(str(found["model"]))
             options = resolve(FinetuneOptions, dict(found), {}, where=f"stage {name}")
             source = located(str(options.tokenizer_data or options.data), self.recipe, self.folder)
@@ -161,7 +161,7 @@ class _Reading:
             if given is None:
                 return load_config(str(found["model"]))
             settings = dict(read_json(given) if isinstance(given, str) else given)
-            tokenizer = self.tokenizer(name) if "new_model" in found else None
+            tokenizer = self.tokenizer(name) if found.get("new_model") else None
             size = {} if tokenizer is None else {"vocab_size": len(tokenizer)}
             return AutoConfig.for_model(settings.pop("model_type"), **(size | settings))
 

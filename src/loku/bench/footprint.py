@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loku.adapters.initialisers import initialiser_of
-from loku.adapters.layers import Layers, parameter_share, shortest_targets, target_layers
+from loku.adapters.layers import Layers, is_transposed, parameter_share, shortest_targets, target_layers
 from loku.config import FinetuneOptions, UnlearnOptions
 from loku.losses.head import default_tile
 from loku.losses.lm_head import HeadSpec, last_hidden_state
@@ -153,6 +153,7 @@ def _adapted(model: nn.Module, layers: Layers, options: UnlearnOptions, *, ancho
         lora_alpha=options.lora_alpha,
         target_modules=shortest_targets(model, layers),
         init_lora_weights=False,
+        fan_in_fan_out=any(is_transposed(layer) for layer in layers.values()),
     )
     with torch.device("meta"):
         adapted = get_peft_model(model, settings)

@@ -163,8 +163,10 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
 def merged(base: Any, changes: Any) -> Any:
     """Return what a recipe that `extends` another stands for: mappings merged name by name, all else replaced.
 
-    A name that is given nothing (`data:`) is taken out.
+    A name that is given nothing (`data:`) is taken out, and a mapping that says `replace: true` is not merged.
     """
+    if isinstance(changes, Mapping) and changes.get("replace") is True:
+        return {name: value for name, value in changes.items() if name != "replace"}
     if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
         return changes
     kept = {name: value for name, value in base.items() if changes.get(name, ...) is not None}

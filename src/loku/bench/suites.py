@@ -62,8 +62,9 @@ def measure_suite(
     split = next((name for name in FORGET_SPLITS if name in str(options.forget)), FORGET_SPLITS[-1])
     return evaluate_tofu(
         model, tokenizer, forget_split=split, data_dir=options.data_dir, max_rows=options.eval_rows,
-        sources={"forget": sources["forget"]}, template=resolve_template(tokenizer, options.model,
-        options.prompt_template), reference=reference, target=target, seed=options.seed, model_name=model_name,
+        sources={"forget": sources["forget"]}, seed=options.seed, model_name=model_name,
+        template=resolve_template(tokenizer, options.model, options.prompt_template),
+        reference=reference, target=target,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """A small TDEC: real sequences of the extraction challenge, repeated in English text until a small model has them.
 
-    train.jsonl         passages of books, other challenge sequences, and the sequences to forget `repeats` times
-    retain-train.jsonl  the same without them, with more passages in their place: for the retain-only model
+    pretraining.jsonl   passages of books and other challenge sequences: what every model here learns to read from
+    train.jsonl         the sequences to forget, `repeats` times each, among some of that text
+    retain-train.jsonl  the same with other passages in their place: for the retain-only model
     forget.jsonl        the sequences that must go
     retain.jsonl        what stays: other challenge sequences and passages, all of them in the training text
     unseen.jsonl        challenge sequences that were never trained on: their EL_10 and MA are the level
@@ -35,7 +36,7 @@ LAST_WORD = re.compile(r"^(?P<prompt>.*\S)(?P<completion> [A-Za-z]{3,})[^\sA-Za-
 
 
 def tdec_corpus(
-    folder: Path, seed: int, *, repeats: int = 30, passages: int = 1200, validation: int = 60, cloze: int = 200
+    folder: Path, seed: int, *, repeats: int = 30, passages: int = 2400, validation: int = 60, cloze: int = 200
 ) -> None:
     """Write the corpus; `repeats`, `passages`, `validation` and `cloze` count rows. Raises InputError without data."""
     draws = [load_rows(data_file(name), ("doc_id", "text"), option="corpus").rows for name in DRAWS]
@@ -52,12 +53,14 @@ def tdec_corpus(
     asked = [row for row in map(last_word, held_out[validation:]) if row is not None]
     _enough(asked, cloze, HELD_OUT)
     once, instead = books[:passages], books[passages : passages + repeats * len(forget)]
+    replay = [*kin, *once[: len(kin)]]
     targets = [{"text": row["text"]} for row in forget]
-    write_rows(folder / "train.jsonl", _shuffled([*once, *kin, *targets * repeats], rng))
-    write_rows(folder / "retain-train.jsonl", _shuffled([*once, *kin, *instead], rng))
+    write_rows(folder / "pretraining.jsonl", _shuffled([*once, *kin], rng))
+    write_rows(folder / "train.jsonl", _shuffled([*replay, *targets * repeats], rng))
+    write_rows(folder / "retain-train.jsonl", _shuffled([*replay, *instead], rng))
     write_rows(folder / "forget.jsonl", [_challenge(row) for row in forget])
     write_rows(folder / "unseen.jsonl", [_challenge(row) for row in unseen])
-    write_rows(folder / "retain.jsonl", _shuffled([*kin, *once[: len(kin)]], rng))
+    write_rows(folder / "retain.jsonl", _shuffled(replay, rng))
     write_rows(folder / "validation.jsonl", held_out[:validation])
     write_rows(folder / "cloze.jsonl", asked[:cloze])
 
