@@ -112,9 +112,10 @@ def made_up(tmp_path, monkeypatch):
             write(f"muse/{corpus}/knowmem/{name}.jsonl", asked)
         write(f"muse/{corpus}/verbmem/forget.jsonl", [{"prompt": "It was", "gt": "a dark night"}])
     for name in ("forget", "retain"):
-        probes = [(task, i, probe) for task in (1, 2, 3) for i in range(2) for probe in ("sc1", "qa0")]
-        write(f"lume/{name}.jsonl", [{"id": f"{name}{task}{i}{probe}", "input": f"{name} {task} {i} {probe}?",
-                                      "output": f"yes {i}", "task": f"Task{task}"} for task, i, probe in probes])  # fmt: skip
+        probes = [(f"{name}{task}{i}{probe}", i, task) for task in "123" for i in "ab" for probe in ("sc1", "qa0")]
+        write(
+            f"lume/{name}.jsonl", [{"id": n, "input": f"{n}?", "output": i, "task": f"Task{t}"} for n, i, t in probes]
+        )
     monkeypatch.setenv("LOKU_DATA_DIR", str(folder))
     return folder
 
