@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the committed JSON.
+"""Writes the tables of docs/performance.md and docs/ablation.md from the committed JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ablation
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md")]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -35,7 +37,7 @@ def spread(found: dict[str, float], digits: int = 2) -> str:
     return f"{found['median']:.{digits}f} ({found['min']:.{digits}f} to {found['max']:.{digits}f})"
 
 
-def head() -> str:
+def head(file: str = "head") -> str:
     """The fused head against the released formulation, plain autograd and the two products nobody can avoid."""
     rows = [
         [
@@ -48,7 +50,7 @@ def head() -> str:
             f"{r['errors']['loku']['gradient_before_rounding']:.0e}",
             f"{r['errors']['plain']['gradient']:.0e}",
         ]
-        for r in read("head")["results"]
+        for r in read(file)["results"]
     ]
     names = ["shape", "type", "times faster than released", "than plain", "time over the limit", "memory of released"]
     return table([*names, "gradient error", "of plain"], rows)
@@ -124,11 +126,13 @@ def evaluation() -> str:
 
 BLOCKS = {
     "head": head,
+    "head_cuda": lambda: head("head_cuda"),
     "meeting": meeting,
     "importance": importance,
     "factorisation": factorisation,
     "models": models,
     "evaluation": evaluation,
+    **ablation.BLOCKS,
 }
 
 
@@ -142,13 +146,14 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the page, or check it."""
-    text = PAGE.read_text(encoding="utf-8")
-    if sys.argv[1:] == ["--check"]:
-        if filled(text) != text:
-            raise SystemExit(f"{PAGE.name} does not say what the JSON says: run python benchmarks/tables.py")
-        return
-    PAGE.write_text(filled(text), encoding="utf-8")
+    """Rewrite the pages, or check them."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if sys.argv[1:] == ["--check"]:
+            if filled(text) != text:
+                raise SystemExit(f"{page.name} does not say what the JSON says: run python benchmarks/tables.py")
+        else:
+            page.write_text(filled(text), encoding="utf-8")
 
 
 if __name__ == "__main__":

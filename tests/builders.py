@@ -85,3 +85,17 @@ def tiny_model(
     torch.manual_seed(seed)
     config = AutoConfig.for_model(architecture, **options)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def serve(monkeypatch, rows):
+    """Let `datasets.load_dataset` answer as the hub would: `rows(config, split)`. Returns what is asked for."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config=None, *, split=None):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows(config, split))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked

@@ -12,6 +12,9 @@ from builders import byte_level_tokenizer, tiny_model
 from conftest import perturbed, rows
 from evaluation_builders import small_log
 from loku import cli
+from loku.assessment import print_table
+from loku.evaluation.metrics import Interval
+from loku.evaluation.results import Results, SetResults
 from loku.files import read_json, sha256_file
 
 
@@ -121,3 +124,22 @@ def test_a_retain_only_model_that_cannot_be_loaded_is_refused(capsys, tmp_path, 
     assert status == 2
     assert f"The model '{other}' (t5) is not a causal language model." in err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_table_has_one_order_and_says_what_is_no_virtue(capsys):
+    def results(forget):
+        found = {"probability": Interval(forget, forget - 0.01, forget + 0.01)}
+        return Results("own", {}, {}, {}, {"forget": SetResults(1, found)}, {})
+
+    models = {"unlearned": results(0.1), "retain_only": results(0.3), "target": results(0.9)}
+    print_table(models)
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()][:2] == [
+        ["target", "unlearned", "retain-only"],
+        ["forget", "probability", "0.900", "0.100", "0.300"],
+    ]
+    assert "Better than retain-only is no virtue here: answer probability 0.10 (retain-only 0.30)." in out
+    print_table(models | {"unlearned": results(0.29)})
+    assert "virtue" not in capsys.readouterr().out
+    print_table({"target": results(0.9), "unlearned": results(0.1)})
+    assert "virtue" not in capsys.readouterr().out

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from loku.errors import InputError, suggestion
+import pickle
+
+import pytest
+
+from loku.errors import DivergenceError, InputError, LokuError, suggestion
 
 
 def test_both_halves_are_in_the_message():
@@ -14,3 +18,10 @@ def test_both_halves_are_in_the_message():
 def test_suggestion_names_the_nearest_or_all():
     assert suggestion("forgt", ["forget", "retain"]) == "Did you mean 'forget'?"
     assert suggestion("zzz", ["b", "a"]) == "Valid names are: a, b."
+
+
+@pytest.mark.parametrize("kind", [LokuError, InputError, DivergenceError])
+def test_errors_survive_the_way_back_from_a_worker_process(kind):
+    error = pickle.loads(pickle.dumps(kind("That was given.", "Do this.")))
+    assert type(error) is kind
+    assert (error.given, error.remedy) == ("That was given.", "Do this.")

@@ -69,6 +69,25 @@ def test_tofu_with_a_reference(capsys, tmp_path, model_folder, data_dir):
     assert not list((tmp_path / "eval").glob("examples*"))
 
 
+def test_target_model_and_retain_only_stand_side_by_side(capsys, tmp_path, model_folder, forget_file):
+    other = tmp_path / "other"
+    tiny_model(seed=3).save_pretrained(other)
+    byte_level_tokenizer().save_pretrained(other)
+    common = ("evaluate", "--forget", forget_file)
+    for model, name in ((model_folder, "target"), (other, "reference")):
+        assert run(capsys, *common, "--model", model, "--output", tmp_path / name)[0] == 0
+    beside = ("--target", tmp_path / "target" / "results.json", "--reference", tmp_path / "reference")
+    status, out, _ = run(capsys, *common, "--model", other, *beside, "--output", tmp_path / "eval")
+    assert status == 0
+    means = [
+        json.loads((tmp_path / name / "results.json").read_text())["sets"]["forget"]["metrics"]["rougeL_recall"]["mean"]
+        for name in ("target", "eval", "reference")
+    ]
+    lines = [line.split() for line in out.splitlines()]
+    assert ["target", "model", "retain-only"] in lines
+    assert ["forget", "ROUGE-L", *(f"{mean:.3f}" for mean in means)] in lines
+
+
 def test_any_subset_of_the_tofu_sets(capsys, tmp_path, model_folder, data_dir):
     status, out, _ = run(
         capsys, "evaluate", "--model", model_folder, "--suite", "tofu", "--forget-split", "forget01",

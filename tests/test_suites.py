@@ -113,11 +113,20 @@ def test_other_formats_are_written_and_serve_as_references(capsys, tmp_path, mod
         assert "born" not in (folder / names[0]).read_text()  # texts only with --keep-text
         summary = json.loads((folder / "results.json").read_text())["summary"]
         assert {"mia_auc", "mia_auc_zlib", "mia_auc_min_k_plus_plus"} <= set(summary)
+        if form == "open-unlearning":
+            written = json.loads((folder / names[0]).read_text())["retain_Q_A_ROUGE"]["value_by_index"]["0"]
+            assert set(written) == {"rouge1_recall", "rougeL_f1", "rougeL_recall"}
         status, out, _ = run(capsys, "--from-logs", folder / names[0], "--retain-logs", folder / names[0], "--json")
         assert status == 0
         assert json.loads(out)["model_utility"] == pytest.approx(summary["model_utility"])
         status, out, _ = run(capsys, *model, *tofu, "--reference", folder / names[0], "--json")
         assert json.loads(out)["summary"]["forget_quality"] == 1.0
+    status, _, _ = run(
+        capsys, *model, *tofu, *sets, "--write-logs", "open-unlearning", "--output", tmp_path / "compared",
+        "--reference", tmp_path / "tofu" / "results.json",
+    )  # fmt: skip
+    written = json.loads((tmp_path / "compared" / "TOFU_SUMMARY.json").read_text())
+    assert written["mia_reference"] == 0.5  # the reference is the model itself: every row ties
     status, _, _ = run(
         capsys, *model, *tofu, "--holdout", tmp_path / "data/tofu/holdout01.json", "--sets", "forget", "--keep-text",
         "--write-logs", "open-unlearning", "--output", tmp_path / "texts",
@@ -172,8 +181,10 @@ def test_what_cannot_be_used_is_refused(capsys, tmp_path, model, forget_file, mo
 
     out = ("--output", tmp_path / "out")
     refused("--data is missing.", "Suite tdec measures texts", *model, "--suite", "tdec", *out)
-    refused("--forget is missing.", "or --data-dir with lume/forget.jsonl", *model, "--suite", "lume", *out)
-    refused("No probes of RWKU were found", "Give --data-dir", *model, "--suite", "rwku", *out)
+    (tmp_path / "bare" / "lume").mkdir(parents=True)
+    bare = ("--data-dir", tmp_path / "bare")
+    refused("--forget is missing.", "or --data-dir with lume/forget.jsonl", *model, "--suite", "lume", *bare, *out)
+    refused("cannot be loaded from the hub", "Check the name", *model, "--suite", "rwku", *bare, *out)  # offline
     refused(
         "--corpus 'bbc' is not known.", "Valid names are: books, news.", *model, "--suite", "muse", "--corpus", "bbc"
     )

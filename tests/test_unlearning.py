@@ -60,6 +60,7 @@ def test_a_run_from_files_to_report(capsys, tmp_path, model_folder, forget_file,
     expected = {
         "config.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter", "importance.safetensors", "results.json",
         "results.target.json", "examples.jsonl", "examples.target.jsonl", "report.html",
+            "record.json", "record.salt",
     }  # fmt: skip
     assert {p.name for p in folder.iterdir()} == expected
     record = json.loads((folder / "run.json").read_text())

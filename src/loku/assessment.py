@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from loku.adapters.anchor import target_model
+from loku.assessment_rows import AssessmentRows
 from loku.config import ExportOptions, UnlearnOptions
 from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
+from loku.evaluation.assembly import describe_template
 from loku.evaluation.measuring import check_measurable
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import Reference, check_reference, load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.files import replace_file
 from loku.job import Job, UnlearnResult
-from loku.models import check_model_source, load_config, load_model, load_tokenizer
+from loku.models import load_config, load_model, load_tokenizer, weights_sha256
 from loku.progress import console, progress
+from loku.record import write_record
+from loku.report.artefacts import ROLES
 from loku.report.card import write_model_card
+from loku.report.figures import beyond_note, beyond_retain_only
 from loku.report.html import write_report
 from loku.runs import RunFolder
 from loku.watch_plan import plan_watch
@@ -39,37 +43,6 @@ COLUMNS = (
 )
 GZIP = b"\x1f\x8b"  # how a gzipped file begins
 MOVED = 0.02  # change of a mean forget score that a merge into the stored type must not exceed unnoticed
-
-
-@dataclass(frozen=True)
-class AssessmentRows:
-    """Rows and references beyond forget and retain, read before any work starts.
-
-    The retain-only reference is either measured already (`reference`) or a model that is to be measured.
-    """
-
-    retain: RecordSet | None = None  # where other rows are to be measured than those trained on
-    holdout: RecordSet | None = None
-    general: RecordSet | None = None
-    target: Results | None = None
-    reference: Reference | None = None
-    retain_only_model: str | None = None
-
-
-def load_assessment_rows(options: UnlearnOptions) -> AssessmentRows:
-    """Read the holdout and general rows and the retain-only model's results or log (or check that it is a model)."""
-    reference, model = None, None
-    given = options.retain_only_model
-    if given and (given.endswith((".json", ".json.gz")) or Path(given).is_file()):
-        reference = load_reference(given)
-    elif given:
-        model = check_model_source(given, option="--retain-only-model")
-    return AssessmentRows(
-        holdout=_records(options.holdout, "--holdout", options),
-        general=_records(options.general, "--general", options),
-        reference=reference,
-        retain_only_model=model,
-    )
 
 
 def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
@@ -100,10 +73,6 @@ def check_rows(rows: AssessmentRows, job: Job, options: UnlearnOptions) -> None:
         check_reference(rows.reference, sets["forget"], job.forget.sha256, option="--retain-only-model")
 
 
-def _records(source: str | None, option: str, options: Any) -> RecordSet | None:
-    return load_records(source, option=option, data_dir=options.data_dir) if source else None
-
-
 def assess(
     result: UnlearnResult, job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentRows | None = None
 ) -> dict[str, Results]:
@@ -115,6 +84,7 @@ def assess(
             measured = _measure(result, job, run, options, rows)
     run.record["seconds"]["total"] = round(sum(v for k, v in run.record["seconds"].items() if k != "total"), 3)
     run.update(status="finished")
+    record = write_record(run.path, job.forget)
     write_model_card(
         result.adapter,
         run=run.record,
@@ -123,6 +93,7 @@ def assess(
         retain_only=measured["retain_only"].to_json() if "retain_only" in measured else None,
         kind="model" if options.tune == "full" else "adapter",
         base_model=options.model or "unknown",
+        record="../record.json",
     )
     if measured:
         print_table(measured)
@@ -132,6 +103,7 @@ def assess(
         for warning in measured["unlearned"].warnings:
             print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
+    console.print(f"record: {record} (to hand over; keep {record.with_suffix('.salt').name} to yourself)")
     adapter = run.record["adapter"]
     if adapter["rank"] is not None:
         console.print(f"adapter: {result.adapter} (ordinary LoRA of rank {adapter['rank']} on the untouched base)")
@@ -191,9 +163,22 @@ def _measure(
             device=options.device,
             trust_remote_code=options.trust_remote_code,
         )
-        measured["retain_only"] = measure("retain_only", retain_only, model_name=rows.retain_only_model)
+        wanted = {"forget": job.forget, "retain": rows.retain or job.retain} | {
+            "holdout": rows.holdout, "general": rows.general,
+        }  # fmt: skip
+        known = measured_before(rows.retain_only_model, retain_only, wanted, job, options)
+        if known is None:
+            digest = weights_sha256(retain_only)
+            measured["retain_only"] = measure(
+                "retain_only", retain_only, model_name=rows.retain_only_model, model_sha256=digest
+            )
+            reference = load_reference(write_results(measured["retain_only"], run.path, role="retain_only"))
+        else:
+            assert known.results is not None
+            console.print(f"the retain-only model was measured before on these rows: {known.path}")
+            measured["retain_only"] = known.results
+            reference = _copy_reference(known, run.path)
         del retain_only
-        reference = load_reference(write_results(measured["retain_only"], run.path, role="retain_only"))
     measured["unlearned"] = measure(
         "unlearned",
         result.model,
@@ -205,6 +190,35 @@ def _measure(
         write_results(measured["target"], run.path, role="target")
     write_results(measured["unlearned"], run.path)
     return measured
+
+
+def measured_before(
+    folder: str, model: Any, wanted: Mapping[str, RecordSet | None], job: Job, options: UnlearnOptions
+) -> Reference | None:
+    """Return the results.json in a retain-only model's folder when measuring it again would give the same.
+
+    That is when it is of these weights, rows and settings. Texts are not taken over: with --keep-text None.
+    """
+    file = Path(folder) / "results.json"
+    if options.keep_text or not file.is_file():
+        return None
+    try:
+        found = read_results(file)
+    except InputError:
+        return None  # what somebody else put there is no reason to fail
+    counts = {name: min(len(rows), options.eval_rows) for name, rows in wanted.items() if rows is not None}
+    same = (
+        found.suite == "own"
+        and found.adapter is None
+        and {name: item.get("sha256") for name, item in found.data.items()}
+        == {name: rows.sha256 for name, rows in wanted.items() if rows is not None}
+        and {name: item.rows for name, item in found.sets.items()} == counts
+        and found.settings.get("max_length") == options.max_length
+        and found.settings.get("max_new_tokens") == options.max_new_tokens
+        and found.settings.get("template") == describe_template(job.template)
+        and found.model.get("sha256") == weights_sha256(model)
+    )
+    return load_reference(file) if same else None
 
 
 def _copy_reference(reference: Reference, folder: Path) -> Reference:
@@ -224,8 +238,9 @@ def name_of(role: str, options: UnlearnOptions) -> str:
 
 
 def print_table(measured: Mapping[str, Results]) -> None:
-    """Print the main figures of several models side by side."""
-    table = Table("", *measured, box=None, pad_edge=False)
+    """Print the main figures of several models side by side, and where less than retain-only is known."""
+    measured = in_order(measured)
+    table = Table("", *(name.replace("_", "-") for name in measured), box=None, pad_edge=False)
     for heading, name, metric in COLUMNS:
         values = [found.mean(name, metric) for found in measured.values()]
         if any(value is not None for value in values):
@@ -235,6 +250,25 @@ def print_table(measured: Mapping[str, Results]) -> None:
         if any(value is not None for value in values):
             table.add_row(heading, *(_shown(value) for value in values))
     console.print(table)
+    note = no_virtue(measured)
+    if note:
+        console.print(note)
+
+
+def in_order(measured: Mapping[str, Results]) -> dict[str, Results]:
+    """Return models in the order in which every table has them: target, unlearned, retain-only."""
+    last = len(ROLES)
+    places = {role: place for place, role in enumerate(ROLES)} | {"model": list(ROLES).index("unlearned")}
+    return dict(sorted(measured.items(), key=lambda item: places.get(item[0], last)))
+
+
+def no_virtue(measured: Mapping[str, Results]) -> str | None:
+    """Say which forget figures lie beyond the retain-only model's, which is no virtue; None where none does."""
+    ours = measured.get("unlearned") or measured.get("model")
+    if ours is None or "retain_only" not in measured:
+        return None
+    found = beyond_retain_only({"unlearned": ours.to_json(), "retain_only": measured["retain_only"].to_json()})
+    return beyond_note(found) if found else None
 
 
 def _shown(value: float | None) -> str:

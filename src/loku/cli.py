@@ -10,14 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from loku.config import (
+    AttackOptions,
     BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    RecordOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
+    VerifyOptions,
     read_recipe,
     resolve,
 )
@@ -27,10 +31,14 @@ from loku.options import Options, flag
 VERBS: dict[str, tuple[type[Options] | None, str]] = {
     "demo": (DemoOptions, "offline tour: trains small models on a fictitious corpus, unlearns, evaluates, reports"),
     "finetune": (FinetuneOptions, "train a target or a retain-only model"),
+    "reference": (ReferenceOptions, "train and measure the retain-only model: the target's recipe without forget rows"),
     "importance": (ImportanceOptions, "Fisher importance of forget against retain rows, to a file"),
     "unlearn": (UnlearnOptions, "the main job: model + forget set (+ retain set) in, adapter + report out"),
     "evaluate": (EvaluateOptions, "measure a model or adapter, or official TOFU logs"),
+    "attack": (AttackOptions, "try to bring the knowledge back: relearning, compression, prompts, membership, ..."),
     "export": (ExportOptions, "ordinary LoRA, rank-truncated LoRA, or merged model"),
+    "record": (RecordOptions, "the unlearning record of a finished run, to hand over"),
+    "verify": (VerifyOptions, "recompute the hashes and a share of the figures of a record, and say what differs"),
     "report": (ReportOptions, "one run, or several side by side, as one HTML file"),
     "bench": (BenchOptions, "a grid of methods and seeds from a recipe, resumable, to JSON and a leaderboard"),
     "methods": (None, "list every method: family, needs, cost, when to use it"),
@@ -64,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Options]) -> None:
     """Add a flag for every field of an option set. Flags that are not given stay absent, so that a recipe can win."""
     hints = typing.get_type_hints(cls)
     for name, field in cls.fields().items():
-        if name in ("folders", "run") or (cls is BenchOptions and name == "recipe"):  # positional
+        if name in ("folders", "run", "record") or (cls is BenchOptions and name == "recipe"):  # positional
             continue
         kind = _kind(hints[name])
         many = "+" if typing.get_origin(hints[name]) is list else None
@@ -88,7 +96,10 @@ def _positional(cls: type[Options] | None) -> str:
     names: dict[type[Options], str] = {
         ReportOptions: "folder ... ",
         ExportOptions: "run ",
+        RecordOptions: "run ",
+        VerifyOptions: "record.json ",
         BenchOptions: "recipe.yaml ",
+        AttackOptions: "[run | recipe.yaml] ",
     }
     return "" if cls is None else names.get(cls, "[recipe.yaml] ")
 
@@ -113,8 +124,14 @@ def build_parser() -> Parser:
             sub.add_argument("folders", nargs="+", help="run or evaluation folders; several are compared")
         elif cls is ExportOptions:
             sub.add_argument("run", help="run folder, or adapter folder together with --model")
+        elif cls is RecordOptions:
+            sub.add_argument("run", help=cls.fields()["run"].metadata["help"])
+        elif cls is VerifyOptions:
+            sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
         elif cls is BenchOptions:
             sub.add_argument("recipe", help="the benchmark's YAML file; see docs/bench.md")
+        elif cls is AttackOptions:
+            sub.add_argument("run", nargs="?", default=argparse.SUPPRESS, help="run folder, or YAML file with options")
         else:
             sub.add_argument("recipe", nargs="?", help="YAML file with options; flags win over it")
         add_options(sub, cls)
@@ -136,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = None
         if cls is not None:
             path = None if cls is BenchOptions else flags.pop("recipe", None)  # a benchmark's recipe is no option list
+            if cls is AttackOptions and str(flags.get("run")).endswith((".yaml", ".yml")):
+                path = flags.pop("run")
             recipe = read_recipe(path) if path else {}
             options = resolve(cls, recipe, flags, where=str(path) if path else "The command line")
         from loku import verbs  # heavy libraries are imported by the verb that needs them

@@ -13,6 +13,7 @@ from typing import Any
 from loku.errors import InputError, suggestion
 from loku.methods import METHODS
 from loku.options import Options, option, pairs, seed_option, several
+from loku.record_options import RecordOptions, VerifyOptions  # noqa: F401 - all option sets are found here
 
 FORGET_LOSSES = (
     "ihl", "grad_ascent", "npo", "simnpo", "dpo", "idk", "ce_u", "wga", "satimp", "undial", "max_entropy", "pdu", "rmu",
@@ -143,7 +144,6 @@ class UnlearnOptions(TrainingOptions):
         "never",
         "level: stop as soon as the forget set is known no better than unseen text",
         choices=("never", "level"),
-        source="TDEC: Jang et al. 2023",
     )
     level: dict[str, Any] = pairs(
         "that level by hand, such as probability=0.2 (default: the retain-only model's, else the target's on --holdout)"
@@ -191,6 +191,23 @@ class FinetuneOptions(TrainingOptions):
 
 
 @dataclass
+class ReferenceOptions(FinetuneOptions):
+    """Options of `loku reference`."""
+
+    like: str | None = option(None, "the target's folder, written by `loku finetune`: its settings are taken over")
+    forget: str | None = option(None, "rows of --data that the model must not learn, matched by what they say")
+    output: str | None = option(None, "folder to write (default: beside --like, its name ends in a hash of the recipe)")
+    retain: str | None = option(None, "retain rows to measure the model on")
+    holdout: str | None = option(None, "rows never trained on to measure it on")
+    general: str | None = option(None, "general-knowledge rows to measure it on")
+    eval_rows: int = option(100, "most rows per set to measure", least=1)
+    max_new_tokens: int | None = option(
+        None, "longest generated answer when measuring (default: from the answers' lengths)", least=1
+    )
+    keep_text: bool = option(False, "also write generations to examples.jsonl")
+
+
+@dataclass
 class ImportanceOptions(ModelOptions):
     """Options of `loku importance`."""
 
@@ -222,7 +239,7 @@ class EvaluateOptions(ModelOptions):
     suite: str = option(
         "own",
         "own: your rows; or a benchmark, as its own code measures it",
-        choices=("own", "tofu", "tdec", "muse", "lume", "rwku"),
+        choices=("own", "tofu", "tdec", "muse", "lume", "rwku", "utility"),
     )
     forget: str | None = option(None, "suites own and lume: forget rows (lume: default from --data-dir)")
     retain: str | None = option(None, "suites own and lume: retain rows (lume: default from --data-dir)")
@@ -236,7 +253,12 @@ class EvaluateOptions(ModelOptions):
     members: str | None = option(None, "suite lume: texts (`document`) that were trained on and must go")
     nonmembers: str | None = option(None, "suite lume: texts (`document`) never trained on")
     mmlu: float | None = option(None, "suite lume: the model's MMLU accuracy, for the final score", least=0, most=1)
-    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, comma-separated")
+    utility: str = option(
+        "",
+        "with any suite, or alone with --suite utility: tasks of lm-eval by name, and local rows as lambada=FILE, "
+        "pubmedqa=FILE, perplexity=FILE, dialogue=FILE; comma-separated",
+    )
+    extras: str = option("", "suites own and tofu: costly figures: gradient_norm, memo, sampling, comma-separated")
     reference_model: str | None = option(
         None, "suites own and tofu: a model that judges how likely the generated answers are"
     )
@@ -282,6 +304,42 @@ class ExportOptions(Options):
 
 
 @dataclass
+class AttackOptions(ModelOptions):
+    """Options of `loku attack`. What a run folder says itself need not be given."""
+
+    run: str | None = option(None, "run folder of `loku unlearn`; without it --model, and --adapter or --target-model")
+    adapter: str | None = option(None, "adapter folder: target and unlearned model are --model without and with it")
+    target_model: str | None = option(None, "the model before unlearning, when --model is a whole unlearned model")
+    retain_only_model: str | None = option(None, "a model that never saw the forget set: scores are relative to it")
+    other_base: str | None = option(None, "another base to put the adapter on, such as the one before fine-tuning")
+    forget: str | None = option(None, "what had to go")
+    retain: str | None = option(None, "what had to stay: related benign text, examples, and the proof of no damage")
+    holdout: str | None = option(None, "rows of the same kind, never trained on: for membership")
+    unrelated: str | None = option(None, "unrelated benign rows to relearn on (default: the run's general rows)")
+    attacks: str = option("all", "which, comma-separated: families such as relearn,quantise, or single attacks")
+    share: float = option(
+        0.25, "relearning: share of the forget set to train on", source="prototype: 10 of 40", above=0, below=1
+    )
+    steps: int = option(20, "relearning: optimiser steps", source="prototype", least=1)
+    every: int = option(5, "relearning: steps between measurements", least=1)
+    learning_rate: float | None = option(
+        None, "relearning: rate (default: 2e-3 with LoRA, 5e-4 in full at width 96; less for wider models)", above=0
+    )
+    batch_size: int = option(8, "relearning: rows per step", least=1)
+    rank: int = option(8, "relearning: rank of the fresh LoRA", least=1)
+    prune_rates: str = option("0.1,0.3,0.5", "shares of weights to prune, comma-separated")
+    adapter_scales: str = option("0.75,0.5,0.25", "factors to scale the adapter by, comma-separated")
+    samples: int = option(8, "sampling: answers per question", least=1)
+    temperature: float = option(1.0, "sampling: temperature", above=0)
+    max_rows: int = option(100, "most rows per set", least=2)
+    retain_rows: int = option(32, "retain rows measured beside each attack", least=2)
+    output: str | None = option(None, "folder for attacks.json (default: the run folder)")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
+    json: bool = option(False, "print one JSON object")
+    seed: int = seed_option(42, "seed of splits, batches, samples and intervals")
+
+
+@dataclass
 class ReportOptions(Options):
     """Options of `loku report`."""
 
@@ -297,6 +355,7 @@ class DemoOptions(Options):
     """Options of `loku demo`."""
 
     output: str = option("demo", "folder to write")
+    full: bool = option(False, "also attack the models unlearned by ihl and loku: a minute more")
     seed: int = seed_option(0, "seed of corpus and training")
 
 
@@ -330,8 +389,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
+def recorded_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings of a `loku finetune` run, for --like; its output folder is not among them."""
+    file = Path(folder) / "config.yaml"
+    values = read_recipe(file) if file.is_file() else {}
+    known = FinetuneOptions.fields()
+    if not {"data", "learning_rate"} <= set(values) <= set(known):
+        raise InputError(
+            f"--like '{folder}' holds no config.yaml of `loku finetune`.",
+            "Give the folder that the target was written to, or its recipe: --model, --data and the settings.",
+        )
+    return {name: value for name, value in values.items() if name != "output"}
+
+
 def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *, where: str = "The recipe") -> Any:
-    """Combine defaults, the method's settings, a recipe and flags; later ones win."""
+    """Combine defaults, the method's settings (or those of --like), a recipe and flags; later ones win."""
     hints = typing.get_type_hints(cls)
     for name in recipe:
         if name not in hints:
@@ -340,4 +412,7 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
     method = flags.get("method", recipe.get("method"))
     if "method" in hints and isinstance(method, str) and method in METHODS:
         settings = dict(METHODS[method].settings)
+    like = flags.get("like", recipe.get("like"))
+    if "like" in hints and isinstance(like, str):
+        settings = recorded_settings(like)
     return cls.from_mapping(settings | recipe | flags, where=where)

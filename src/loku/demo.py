@@ -14,13 +14,14 @@ from loku.corpora.fiction import write_fiction
 from loku.data.fiction import make_fiction
 from loku.demo_workers import Step, Workers
 from loku.errors import InputError, LokuError
-from loku.files import check_output_folder, write_json
+from loku.files import check_output_folder, read_json, write_json
 from loku.progress import console
 
 if TYPE_CHECKING:
     from loku.evaluation.results import Results
 
 METHODS = ("ga", "graddiff", "npo", "ihl", "loku")
+ATTACKED = ("loku", "ihl")  # with --full
 STEPS, REPORT = "loku.demo_steps", "loku.report.html"
 MARKER = "demo.json"
 MEMORISED = 0.95  # share of forget answers that the target must give, or there is nothing to unlearn
@@ -49,9 +50,14 @@ def demo(options: DemoOptions) -> Path:
         check_memorised(read_results(folder / "target" / "results.json"), options.seed)
         # The longest first, so that both cores end together.
         workers.run([Step(f"unlearn {name}", folder, options.seed) for name in reversed(METHODS)])
+        if options.full:
+            console.print(f"attacks on {' and '.join(ATTACKED)}: every one that loku knows, on three models each")
+            workers.run([Step(f"attack {name}", folder, options.seed) for name in ATTACKED])
     runs = [folder / "runs" / name for name in METHODS]
     report = write_report(runs, folder / "report.html", title="Five methods on the fictitious corpus")
     print_outcome(folder, runs)
+    if options.full:
+        print_attacks(folder)
     console.print(f"\nreport: {report}  (one page a run: {runs[-1] / 'report.html'})")
     console.print(f"{time.monotonic() - start:.0f} s")
     return folder
@@ -108,3 +114,11 @@ def print_outcome(folder: Path, runs: Sequence[Path]) -> None:
         )
     console.print(table)
     console.print("Zero is not the goal: the nearer to the retain-only row in every column, the better.")
+
+
+def print_attacks(folder: Path) -> None:
+    """Print what the attacks conclude, and where each attack's figures stand."""
+    for name in ATTACKED:
+        headline = read_json(folder / "runs" / name / "attacks.json")["summary"]["headline"]
+        console.print(f"\nunder attack, [bold]{name}[/bold]: {headline['level']}. {headline['sentence']}")
+        console.print(f"every attack: {folder / 'runs' / name / 'report.html'}")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.assessment import AssessmentRows, assess
+from loku.assessment import assess
+from loku.assessment_rows import AssessmentRows
+from loku.attack import attack_run
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.data.encoding import Encoder
 from loku.data.fiction import REPLAY_SHARE, fiction_model_config, fiction_tokenizer, mix_replay
@@ -22,7 +24,7 @@ from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.finetune import train_model
 from loku.job import prepare
-from loku.models import load_model, load_tokenizer
+from loku.models import load_model, load_tokenizer, weights_sha256
 from loku.progress import forward_to
 from loku.quiet import quiet_libraries
 from loku.runs import RunFolder
@@ -52,6 +54,8 @@ def run_step(step: Step) -> None:
         _pretrain(step)
     elif kind == "unlearn":
         _unlearn(step, method)
+    elif kind == "attack":
+        _attack(step, method)
     else:
         _finetune(step, kind)
 
@@ -128,6 +132,7 @@ def _measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: S
         keep_text=True,
         seed=step.seed,
         model_name=name,
+        model_sha256=weights_sha256(model),
     )
 
 
@@ -168,3 +173,16 @@ def _unlearn(step: Step, method: str) -> None:
         reference=load_reference(step.folder / "retain-only" / "results.json"),
     )
     assess(run_job(job, run, options, rows), job, run, options, rows)
+
+
+def _attack(step: Step, method: str) -> None:
+    """Run every attack on a method's run; the pretrained model is the wrong base for its adapter."""
+    data = step.folder / "data"
+    attack_run(
+        step.folder / "runs" / method,
+        retain=str(data / "retain.jsonl"),
+        holdout=str(data / "holdout.jsonl"),
+        other_base=str(step.folder / "pretrained"),
+        device="cpu",
+        seed=step.seed,
+    )

@@ -18,6 +18,9 @@ class LokuError(Exception):
         self.given = given
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[LokuError], tuple[str, str]]:  # errors come back from worker processes
+        return type(self), (self.given, self.remedy)
+
 
 class InputError(LokuError, ValueError):
     """Something the user gave cannot be used. Raised before any work starts."""

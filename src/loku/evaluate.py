@@ -9,17 +9,20 @@ from typing import Any
 
 from rich.table import Table
 
-from loku.assessment import print_table
+from loku.assessment import in_order, print_table
 from loku.config import EvaluateOptions
 from loku.data.prompts import resolve_template
 from loku.errors import InputError
+from loku.evaluation.assembly import read_target
 from loku.evaluation.cache import BatchCache
 from loku.evaluation.log_figures import evaluate_logs
 from loku.evaluation.official_logs import official_log
 from loku.evaluation.open_unlearning import write_evaluation
 from loku.evaluation.paired import across_seeds, compare
+from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.evaluation.sharing import is_first, several_processes
+from loku.evaluation.utility import utility_figures
 from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_json, write_text
 from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
@@ -37,8 +40,10 @@ NOTHING_LOST = "Choose another folder: nothing there is overwritten."
 RUNS = ("unlearn", "demo")  # commands whose folders hold a results.json of their own
 
 
-def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate_from_options(options: EvaluateOptions, role: str = "model") -> dict[str, Any]:
     """Run `loku evaluate` on a model: measure, write results.json, print. Returns the content of results.json.
+
+    With the role "retain_only" there is no verdict: nothing was unlearned from that model.
 
     A folder that holds the results of the same call answers at once, and an interrupted evaluation goes on from the
     scores in its cache. Under torchrun the processes share the work, and the first one writes and speaks.
@@ -53,14 +58,15 @@ def evaluate_from_options(options: EvaluateOptions) -> dict[str, Any]:
     request = evaluation_request(options, work.hashes) if options.output and options.cache else None
     known = finished_results(options.output, request) if options.output else None
     with several_processes():
-        results = known or _measured(options, work, request)
+        results = known or _measured(options, work, request, role)
         if is_first():
-            _show(results, options, again=known is not None)
+            _show(results, options, role, again=known is not None)
     return results.to_json()
 
 
-def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Results:
+def _measured(options: EvaluateOptions, work: Work, request: str | None, role: str) -> Results:
     """Load the model, measure it, and write the results."""
+    work.check()
     name = str(options.model)
     tokenizer = load_tokenizer(name, trust_remote_code=options.trust_remote_code)
     template = resolve_template(tokenizer, name, options.prompt_template)
@@ -85,6 +91,8 @@ def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Resu
     with progress("measuring") as update:
         results = work.run(Loaded(model, tokenizer, template, digest, cache), update)
     results.adapter = adapter or None
+    if role == "retain_only":
+        results.verdict = None
     if options.output and is_first():
         write_results(results, options.output)
         if options.write_logs:
@@ -93,21 +101,31 @@ def _measured(options: EvaluateOptions, work: Work, request: str | None) -> Resu
     return results
 
 
-def _show(results: Results, options: EvaluateOptions, *, again: bool) -> None:
+def _show(results: Results, options: EvaluateOptions, role: str, *, again: bool) -> None:
     """Print what was measured, unless one JSON object was asked for, and the warnings in any case."""
     if options.output and not options.json:
         said = "the same was measured before: results are in" if again else "results written to"
         console.print(f"{said} {Path(options.output) / 'results.json'}")
     if not options.json:
+        beside = _beside(options)
         if results.suite in ("own", "tofu"):
-            print_table({"model": results})
+            print_table({role: results} | beside)
             _print_membership(results)
+            for name, figure in utility_figures(results).items():
+                console.print(f"{name}: {figure:.4g}")
         else:
-            print_suite(results)
+            print_suite(results, beside)
         if results.verdict:
             console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def _beside(options: EvaluateOptions) -> dict[str, Results]:
+    """Return the results of the target and of the retain-only model, where they were given."""
+    found = {"target": read_target(options.target)} if options.target else {}
+    reference = load_reference(options.reference).results if options.reference else None
+    return found if reference is None else found | {"retain_only": reference}
 
 
 def _check_options(options: EvaluateOptions) -> None:
@@ -250,17 +268,23 @@ def _finish(outcome: dict[str, Any], options: EvaluateOptions, table: Table, nam
     return outcome
 
 
-def print_suite(results: Results) -> None:
-    """Print a benchmark's own figures, and the means of its sets."""
-    table = Table("", "mean", "95 % interval", "rows", box=None, pad_edge=False)
+def print_suite(results: Results, beside: Mapping[str, Results] | None = None) -> None:
+    """Print a benchmark's own figures and the means of its sets; beside them the target's and the retain-only's."""
+    others = in_order(beside or {})
+    heads = [name.replace("_", "-") for name in others]
+    table = Table("", "mean", "95 % interval", "rows", *heads, box=None, pad_edge=False)
     for name, found in results.sets.items():
         for metric, value in found.metrics.items():
+            theirs = [other.mean(name, metric) for other in others.values()]
             table.add_row(
-                f"{name} {metric}", f"{value.mean:.4g}", f"{value.low:.4g} to {value.high:.4g}", str(found.rows)
-            )
+                f"{name} {metric}", f"{value.mean:.4g}", f"{value.low:.4g} to {value.high:.4g}", str(found.rows),
+                *("-" if mean is None else f"{mean:.4g}" for mean in theirs),
+            )  # fmt: skip
     console.print(table)
     for name, figure in results.summary.items():
-        console.print(f"{name}: {figure:.4g}")
+        known = {head: other.summary.get(name) for head, other in zip(heads, others.values(), strict=True)}
+        more = ", ".join(f"{head} {value:.4g}" for head, value in known.items() if value is not None)
+        console.print(f"{name}: {figure:.4g}" + (f" ({more})" if more else ""))
 
 
 def _print_membership(results: Results) -> None:

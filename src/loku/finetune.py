@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,28 +43,47 @@ def finetune(options: FinetuneOptions) -> Path:
     run = RunFolder.check(options.output, options.as_dict())
     if not options.data:
         raise InputError("--data is missing.", "Give the rows to learn: a file, a dataset folder or a hub id.")
-    records = load_records(options.data, option="--data", data_dir=options.data_dir)
-    model, tokenizer = _starting_point(options, records)
+    return fit(options, run, load_records(options.data, option="--data", data_dir=options.data_dir))
+
+
+def fit(
+    options: FinetuneOptions,
+    run: RunFolder,
+    records: RecordSet,
+    *,
+    whole: RecordSet | None = None,
+    command: str = "finetune",
+    data: dict[str, Any] | None = None,
+) -> Path:
+    """Train on records and write a model folder, or resume it; `data` is what run.json says of the rows.
+
+    With `whole`, the set that the records are a part of, training takes the steps that the whole would take, and a new
+    model's tokenizer is made from the whole: as for the model that it is compared with.
+    """
+    model, tokenizer = _starting_point(options, whole or records)
     template = resolve_template(tokenizer, options.model, options.prompt_template)
-    encoded = Encoder(tokenizer, template, options.max_length).encode_records(records, option="--data")
+    encoder = Encoder(tokenizer, template, options.max_length)
+    encoded = encoder.encode_records(records, option="--data")
     counts = encoded.counts
     check_fits(model, tokenizer, max(len(example.input_ids) for example in encoded.examples))
-    data = {"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}}
+    data = data or {"train": {"name": records.name, "sha256": records.sha256, "rows": counts.rows}}
     run.check_inputs(data)
     if run.finished and any(run.path.glob("*.safetensors")):
         console.print(f"{run.path} is finished: nothing to do.")
         return run.path
+    if whole is not None:
+        options = with_steps_of(options, len(encoder.encode_records(whole, option="--data").examples))
     console.print(
-        f"finetune: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
+        f"{command}: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
         f"({counts.supervised_tokens:,} supervised tokens), template {template.describe()}"
     )
-    run.start(command="finetune")
+    run.start(command=command)
     run.update(
         seed=options.seed,
         data=data,
         model={"name": options.model or options.new_model, "architecture": type(model).__name__},
     )
-    train_model(model, encoded, tokenizer.pad_token_id, run, options)
+    train_model(model, encoded, tokenizer.pad_token_id, run, options, title=command)
     model.save_pretrained(run.path)
     tokenizer.save_pretrained(run.path)
     save_template(template, run.path)
@@ -71,13 +92,21 @@ def finetune(options: FinetuneOptions) -> Path:
     return run.path
 
 
+def with_steps_of(options: FinetuneOptions, sequences: int) -> FinetuneOptions:
+    """Return the options with the steps, and those of the warm-up, that training on so many sequences takes."""
+    per_epoch = steps_per_epoch(sequences, options.batch_size, options.grad_accum)
+    steps = options.max_steps if options.max_steps > 0 else math.ceil(options.epochs * per_epoch)
+    warmup = options.warmup_steps if options.warmup_steps >= 0 else round(options.warmup_epochs * per_epoch)
+    return dataclasses.replace(options, max_steps=steps, warmup_steps=warmup)
+
+
 def train_model(
     model: PreTrainedModel,
     encoded: EncodedSet,
     pad_id: int,
     run: RunFolder,
     options: FinetuneOptions,
-    title: str = "finetuning",
+    title: str = "finetune",
 ) -> None:
     """Minimise the token cross entropy of the supervised tokens with transformers' Trainer."""
     checkpoint = run.last_checkpoint()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loku.adapters.export import PortableLora, load_lora, save_merged, truncate
+from loku.adapters.export import PortableLora, check_fits_base, load_lora, save_merged, truncate
 from loku.config import ExportOptions
 from loku.errors import InputError
-from loku.files import check_output_folder, read_object
+from loku.files import check_output_folder, read_object, replace_file
 from loku.models import load_model, load_tokenizer
 from loku.progress import console
+from loku.record import FILE as RECORD
 from loku.report.artefacts import RESULT_FILES
 from loku.report.card import write_model_card
 from loku.report.words import release_note
@@ -55,6 +56,7 @@ def export(options: ExportOptions) -> Path:
         serving = next((rank for rank in SERVING_RANKS if rank >= lora.rank), None)
         console.print(f"ordinary LoRA of rank {lora.rank} written to {output} (vLLM: --max-lora-rank {serving})")
         console.print(release_note(run))
+    record = copy_record(Path(options.run or ""), output)
     write_model_card(
         output,
         run=run,
@@ -63,8 +65,17 @@ def export(options: ExportOptions) -> Path:
         retain_only=measured["retain_only"],
         kind="merged" if options.form == "merged" else "adapter",
         base_model=str(base_name or "unknown"),
+        record=record,
     )
     return output
+
+
+def copy_record(run: Path, output: Path) -> str | None:
+    """Put a run's record beside what is handed over, never its salt. Returns its name, or None where there is none."""
+    if not (run / RECORD).is_file():
+        return None
+    replace_file(output / RECORD, lambda temporary: Path(temporary).write_bytes((run / RECORD).read_bytes()))
+    return RECORD
 
 
 def _source(options: ExportOptions) -> tuple[Path, dict[str, Any]]:
@@ -108,14 +119,7 @@ def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
 
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:
     base = load_model(base_name, dtype=options.dtype, device="cpu", trust_remote_code=options.trust_remote_code)
-    sizes = {name: tuple(weight.shape) for name, weight in base.state_dict().items()}
-    for name in lora.A:
-        size = (lora.B[name].shape[0], lora.A[name].shape[1])
-        if sizes.get(f"{name}.weight") != (size[::-1] if lora.fan_in_fan_out else size):
-            raise InputError(
-                f"The adapter changes '{name}' ({size[0]} x {size[1]}), which '{base_name}' does not have.",
-                "Give the base model that the adapter was trained on with --model.",
-            )
+    check_fits_base(base, lora, base_name)
     tokenizer = load_tokenizer(base_name, trust_remote_code=options.trust_remote_code)
     save_merged(base, lora, output)
     tokenizer.save_pretrained(output)

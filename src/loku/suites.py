@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any
 
 from loku.config import EvaluateOptions
 from loku.data.prompts import Template
-from loku.data.sources import SUFFIXES, RecordSet, load_records, load_rows
+from loku.data.sources import RecordSet, load_records, load_rows
 from loku.errors import InputError
-from loku.evaluation.assembly import Identity
+from loku.evaluation.assembly import Identity, suite_results
 from loku.evaluation.cache import BatchCache
 from loku.evaluation.extras import parse_extras
-from loku.evaluation.lume import COLUMNS, DOCUMENT, evaluate_lume
+from loku.evaluation.lume import COLUMNS, DOCUMENT, evaluate_lume, lume_source
 from loku.evaluation.lume import MAX_LENGTH as LUME_MAX_LENGTH
 from loku.evaluation.lume import NEW_TOKENS as LUME_NEW_TOKENS
 from loku.evaluation.muse import evaluate_muse, load_muse
@@ -27,6 +27,7 @@ from loku.evaluation.tdec import MAX_LENGTH as TDEC_MAX_LENGTH
 from loku.evaluation.tdec import evaluate_tdec
 from loku.evaluation.tofu import MAX_LENGTH as TOFU_MAX_LENGTH
 from loku.evaluation.tofu import evaluate_tofu, load_sets
+from loku.evaluation.utility import add_utility, load_tasks, parse_utility
 from loku.models import load_model
 from loku.options import flag
 
@@ -51,6 +52,7 @@ class Work:
 
     hashes: dict[str, str]
     run: Callable[[Loaded, Any], Results]
+    check: Callable[[], object] = list  # what is checked, at some cost, before the model is loaded
 
 
 def check_suite(options: EvaluateOptions) -> None:
@@ -59,6 +61,8 @@ def check_suite(options: EvaluateOptions) -> None:
         raise InputError("--forget is missing.", "Suite own measures your rows; or choose --suite tofu.")
     if options.suite == "tdec" and not options.data:
         raise InputError("--data is missing.", "Suite tdec measures texts that must go: a file with a `text` column.")
+    if options.suite == "utility" and not options.utility:
+        raise InputError("--utility is missing.", "Name tasks, such as lambada_openai or lambada=rows.jsonl.")
     parse_extras(options.extras)
     for name in ("extras", "reference_model"):
         if getattr(options, name) and options.suite not in ("own", "tofu"):
@@ -69,7 +73,8 @@ def check_suite(options: EvaluateOptions) -> None:
 
 def prepare_suite(options: EvaluateOptions) -> Work:
     """Read and check the rows of the suite that the options name. Raises InputError when they cannot be used."""
-    return _SUITES[options.suite](options)
+    work = _SUITES[options.suite](options)
+    return _with_utility(options, work) if options.utility else work
 
 
 def _hashes(data: dict[str, Any]) -> dict[str, str]:
@@ -177,6 +182,7 @@ def _tdec(options: EvaluateOptions) -> Work:
             max_length=options.max_length or TDEC_MAX_LENGTH,
             target=target,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 
@@ -204,6 +210,7 @@ def _muse(options: EvaluateOptions) -> Work:
             keep_text=options.keep_text,
             reference=reference,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             warnings=warnings,
             progress=progress,
         )
@@ -212,7 +219,7 @@ def _muse(options: EvaluateOptions) -> Work:
 
 
 def _lume(options: EvaluateOptions) -> Work:
-    given = {name: getattr(options, name) or _lume_file(options, name) for name in ("forget", "retain")}
+    given = {name: getattr(options, name) or lume_source(name, options.data_dir) for name in ("forget", "retain")}
     data = {name: load_rows(source, COLUMNS, option=f"--{name}") for name, source in given.items()}
     documents = {
         name: load_rows(getattr(options, name), DOCUMENT, option=f"--{name}")
@@ -234,20 +241,11 @@ def _lume(options: EvaluateOptions) -> Work:
             max_length=options.max_length or LUME_MAX_LENGTH,
             keep_text=options.keep_text,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 
     return Work(_hashes(data | documents), run)
-
-
-def _lume_file(options: EvaluateOptions, name: str) -> str:
-    """Return LUME's own file, as it lies under --data-dir."""
-    base = options.data_dir or os.environ.get("LOKU_DATA_DIR")
-    files = [Path(base or ".") / "lume" / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = next((str(file) for file in files if base and file.is_file()), None)
-    if found is None:
-        raise InputError(f"--{name} is missing.", f"Give a file of LUME's rows, or --data-dir with lume/{name}.jsonl.")
-    return found
 
 
 def _rwku(options: EvaluateOptions) -> Work:
@@ -263,10 +261,63 @@ def _rwku(options: EvaluateOptions) -> Work:
             max_new_tokens=options.max_new_tokens or RWKU_NEW_TOKENS,
             keep_text=options.keep_text,
             identity=_identity(options, loaded),
+            cache=loaded.cache,
             progress=progress,
         )
 
     return Work(_hashes(data), run)
+
+
+def _utility(options: EvaluateOptions) -> Work:
+    """The suite without rows of its own: --utility adds its tasks to it."""
+
+    def run(loaded: Loaded, progress: Any) -> Results:
+        return suite_results(
+            loaded.model,
+            "utility",
+            _identity(options, loaded),
+            started=time.monotonic(),
+            data={},
+            rows={},
+            settings={"max_rows": options.max_rows},
+            sets={},
+            summary={},
+        )
+
+    return Work({}, run)
+
+
+def _with_utility(options: EvaluateOptions, work: Work) -> Work:
+    """Return work that also measures the tasks of --utility."""
+    utility = parse_utility(options.utility)
+    tasks: list[Any] = []
+
+    def check() -> None:
+        work.check()
+        tasks[:] = [load_tasks(utility)]
+
+    def run(loaded: Loaded, progress: Any) -> Results:
+        started = time.monotonic()
+        results = work.run(loaded, progress)
+        if not tasks:
+            check()
+        add_utility(
+            results,
+            loaded.model,
+            loaded.tokenizer,
+            utility,
+            tasks[0],
+            max_rows=options.max_rows,
+            max_new_tokens=options.max_new_tokens,
+            keep_text=options.keep_text,
+            seed=options.seed,
+            progress=progress,
+            cache=loaded.cache,
+        )
+        results.seconds = round(time.monotonic() - started, 3)
+        return results
+
+    return Work(work.hashes | utility.hashes, run, check)
 
 
 _SUITES: dict[str, Callable[[EvaluateOptions], Work]] = {
@@ -276,4 +327,5 @@ _SUITES: dict[str, Callable[[EvaluateOptions], Work]] = {
     "muse": _muse,
     "lume": _lume,
     "rwku": _rwku,
+    "utility": _utility,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from loku.adapters.anchor import attach
 from loku.adapters.export import portable_lora
 from loku.adapters.initialisers import initial_factors
 from loku.adapters.layers import parameter_share, target_layers
+from loku.assessment_rows import AssessmentRows
 from loku.config import UnlearnOptions
 from loku.data.prompts import save_template
 from loku.errors import InputError, LokuError
@@ -32,9 +33,6 @@ from loku.target_values import TargetValues, read_logprobs, write_logprobs
 from loku.trainer import UnlearnTrainer
 from loku.watch_plan import WatchPlan, conclude_watch, make_watch, plan_watch
 from loku.watching import Watch
-
-if TYPE_CHECKING:
-    from loku.assessment import AssessmentRows
 
 
 def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentRows | None = None) -> UnlearnResult:

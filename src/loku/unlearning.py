@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loku.assessment import assess, check_rows, load_assessment_rows
+from loku.assessment import assess, check_rows
+from loku.assessment_rows import load_assessment_rows
 from loku.config import UnlearnOptions, resolve
 from loku.data.sources import RecordSet
 from loku.job import UnlearnResult, prepare

@@ -12,14 +12,18 @@ from typing import TypeVar
 from rich.table import Table
 
 from loku.config import (
+    AttackOptions,
     BenchOptions,
     DemoOptions,
     EvaluateOptions,
     ExportOptions,
     FinetuneOptions,
     ImportanceOptions,
+    RecordOptions,
+    ReferenceOptions,
     ReportOptions,
     UnlearnOptions,
+    VerifyOptions,
 )
 from loku.errors import InputError
 from loku.files import check_output_file
@@ -60,9 +64,18 @@ def finetune(options: FinetuneOptions) -> None:
 
 
 @quietly
+def reference(options: ReferenceOptions) -> None:
+    """Train and measure the retain-only model."""
+    from loku.retain_only import reference as run
+
+    run(options)
+
+
+@quietly
 def unlearn(options: UnlearnOptions) -> None:
     """Do the main job, from loading to the report."""
-    from loku.assessment import assess, check_rows, load_assessment_rows
+    from loku.assessment import assess, check_rows
+    from loku.assessment_rows import load_assessment_rows
     from loku.data.prompts import resolve_template
     from loku.job import load_rows, prepare
     from loku.models import check_model_source, load_config, load_model, load_tokenizer
@@ -146,11 +159,38 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 @quietly
+def attack(options: AttackOptions) -> None:
+    """Try to bring the knowledge back."""
+    from loku.attack import attack as run
+
+    outcome = run(options)
+    if options.json:
+        json.dump(outcome, sys.stdout, indent=2, allow_nan=False)
+        sys.stdout.write("\n")
+
+
+@quietly
 def export(options: ExportOptions) -> None:
     """Write an ordinary LoRA, a truncated one, or a merged model."""
     from loku.release import export as run
 
     run(options)
+
+
+@quietly
+def record(options: RecordOptions) -> None:
+    """Write the unlearning record of a finished run."""
+    from loku.record import record_from_options
+
+    console.print(f"record written to {record_from_options(options)}")
+
+
+@quietly
+def verify(options: VerifyOptions) -> None:
+    """Compare a record with what is there, and say what differs."""
+    from loku.verify import verify_from_options
+
+    verify_from_options(options)
 
 
 def report(options: ReportOptions) -> None:

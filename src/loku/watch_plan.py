@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from loku.adapters.anchor import target_model
+from loku.assessment_rows import AssessmentRows
 from loku.config import UnlearnOptions
 from loku.data.records import Record
 from loku.errors import InputError, suggestion
@@ -20,9 +21,6 @@ from loku.models import check_fits, load_model
 from loku.progress import console
 from loku.runs import RunFolder
 from loku.watching import EL_NGRAM, Rows, Watch, extraction, measure_sets
-
-if TYPE_CHECKING:
-    from loku.assessment import AssessmentRows
 
 NO_LEVEL = (
     "Give --retain-only-model (a model trained without the forget rows), or --holdout (rows of the same kind that were "

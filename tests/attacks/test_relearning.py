@@ -8,11 +8,10 @@ import json
 import pytest
 import torch
 
+from attacks_builders import anchored
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
-from loku.adapters.anchor import attach
 from loku.adapters.export import merged_weights, portable_lora
-from loku.adapters.initialisers import Factors
 from loku.adapters.layers import target_layers
 from loku.attacks.relearning import fresh_lora, linear_layers, relearn, split_forget
 from loku.data.batching import pad_batch
@@ -26,23 +25,6 @@ ARCHITECTURES = ("llama", "gpt2", "phi", "gpt_neo")
 
 def records(count=12, start=0):
     return load_records(rows(count, start))
-
-
-def anchored(model, seed=0):
-    """A model with a trained adapter and its anchor."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    layers = target_layers(model)
-    for name, layer in layers.items():
-        out, wide = layer.weight.shape
-        A, B = torch.randn(2, wide, generator=generator) * 0.1, torch.randn(out, 2, generator=generator) * 0.1
-        factors[name] = Factors(A, B, None)
-    peft = attach(model, layers, factors, rank=2, alpha=4.0)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if ".default." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return peft
 
 
 def state(model):

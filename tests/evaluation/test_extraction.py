@@ -154,7 +154,7 @@ def test_the_rule_tests_accuracy_before_it_decodes(taught, monkeypatch):
     ma, el = np.mean([one.ma for one in found]), np.mean([one.el[3] for one in found])
     assert forgotten(model, TOKENIZER, examples, Extraction(ma + 0.01, {3: el + 0.01}))
     assert not forgotten(model, TOKENIZER, examples, Extraction(ma + 0.01, {3: el}))  # not below
-    monkeypatch.setattr(extraction, "generate", None)
+    monkeypatch.setattr(extraction, "judged", None)
     assert not forgotten(model, TOKENIZER, examples, Extraction(ma, {3: 1.0}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from builders import byte_level_tokenizer, tiny_model
+from builders import byte_level_tokenizer, serve, tiny_model
 from loku.data.sources import Rows, load_rows
 from loku.errors import InputError
 from loku.evaluation.lume import (
@@ -17,6 +17,7 @@ from loku.evaluation.lume import (
     final_scores,
     kind_of,
     knowledge,
+    lume_source,
     mia_score,
     task_aggregate,
     task_values,
@@ -122,6 +123,23 @@ def test_what_cannot_be_used_is_refused():
         evaluate(members=DOCUMENTS[0])
     with pytest.raises(InputError, match=r"--forget has the task 'Task9'\.\nTasks are Task1"):
         evaluate(forget=rows("Task9"))
+
+
+def test_rows_are_local_where_there_is_a_folder_and_else_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    asked = serve(monkeypatch, lambda config, split: [dict(ALL.rows[0]) | {"split": split}])
+    for name in ("forget", "retain"):
+        found = load_rows(lume_source(name, tmp_path), COLUMNS)
+        assert found.rows[0]["split"] == f"{name}_train+{name}_validation"
+        assert found.rows[0]["id"] == ALL.rows[0]["id"]
+    assert {dataset for dataset, *_ in asked} == {
+        "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
+    }
+    (tmp_path / "lume").mkdir()
+    with pytest.raises(InputError, match=r"--retain is missing\.\nGive a file of LUME's rows"):
+        lume_source("retain", tmp_path)
+    (tmp_path / "lume" / "retain.jsonl").touch()
+    assert lume_source("retain", tmp_path) == str(tmp_path / "lume" / "retain.jsonl")
 
 
 DATA = Path(os.environ.get("LOKU_DATA_DIR", "/nonexistent"))

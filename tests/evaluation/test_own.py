@@ -49,6 +49,7 @@ def test_plain_questions_have_the_plain_metrics():
     assert set(found.sets["forget"].metrics) == {
         "probability",
         "rougeL_recall",
+        "rougeL_f1",
         "exact_match",
         "exact_memorisation",
         "extraction_strength",

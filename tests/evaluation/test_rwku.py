@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from builders import byte_level_tokenizer, tiny_model
+from builders import byte_level_tokenizer, serve, tiny_model
 from loku.data.prompts import ChatTemplate, TagTemplate
 from loku.data.sources import Rows
 from loku.errors import InputError
 from loku.evaluation.metrics import rouge
 from loku.evaluation.probing import continue_texts
-from loku.evaluation.rwku import attack_means, evaluate_rwku, load_rwku, question_of
+from loku.evaluation.rwku import PROBES, attack_means, evaluate_rwku, load_rwku, question_of
 
 TOKENIZER = byte_level_tokenizer()
 
@@ -71,15 +71,25 @@ def test_chat_models_are_asked_through_their_template():
     assert found.settings["chat_template"]
 
 
-def test_probes_are_local_files(tmp_path, monkeypatch):
-    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
-    with pytest.raises(InputError, match=r"No probes of RWKU were found: suite rwku reads local files\.\nGive"):
-        load_rwku()
+def test_probes_are_local_files_where_there_is_a_folder(tmp_path):
+    (tmp_path / "rwku").mkdir()
     with pytest.raises(InputError, match=r"holds no probes of RWKU\.\n"):
         load_rwku(tmp_path)
-    (tmp_path / "rwku").mkdir()
     (tmp_path / "rwku" / "forget_level2.jsonl").write_text(json.dumps(probe()) + "\n")
     assert list(load_rwku(tmp_path)) == ["forget_level2"]
+
+
+def test_otherwise_all_probes_come_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    asked = serve(monkeypatch, lambda config, split: [probe(query=config)])
+    for folder in (None, tmp_path):
+        found = load_rwku(folder)
+        assert {name: rows.rows[0]["query"] for name, rows in found.items()} == {name: name for name in PROBES}
+    assert asked[:5] == [("jinzhuoran/RWKU", name, "test") for name in PROBES]
+    monkeypatch.undo()
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    with pytest.raises(InputError, match=r"jinzhuoran/RWKU/forget_level1:test' cannot be loaded from the hub"):
+        load_rwku()  # the tests are offline
 
 
 DATA = Path(os.environ.get("LOKU_DATA_DIR", "/nonexistent"))

@@ -251,6 +251,11 @@ def test_the_default_tile_follows_the_hidden_size():
     assert [default_tile(d, torch.bfloat16) for d in (8, 2048, 4096, 8192)] == [512, 512, 256, 256]
 
 
+def test_on_a_gpu_a_tile_is_what_256_mib_hold():
+    assert [default_tile(2048, device="cuda", tokens=n) for n in (160, 1024, 100_000)] == [419_430, 65_536, 4096]
+    assert default_tile(4096, torch.bfloat16, "cuda", 160) == 16_384
+
+
 # The model's own head -------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from loku.data.sources import load_records
+from loku.record import write_record
+
 # Middle of (forget probability, forget truth ratio, retain probability, utility, repetition) by kind of model.
 KINDS = {
     "target": (0.98, 0.55, 0.98, 0.71, 0.01),
@@ -255,3 +258,18 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def make_results() -> Callable[..., dict]:
     """Return the function that makes one results.json."""
     return results
+
+
+@pytest.fixture
+def make_record() -> Callable[[Path], Path]:
+    """Return a function that gives a run folder three attacks and a record."""
+
+    def make(run: Path) -> Path:
+        scores = {"relearning": (0.41, 0.28, 0.55), "4 bits": (0.02, -0.03, 0.07), "few-shot": (0.15, 0.05, 0.27)}
+        attacks = {
+            name: {"robustness": dict(zip(("value", "low", "high"), s, strict=True))} for name, s in scores.items()
+        }
+        _write(run / "attacks.json", {"schema_version": 1, "attacks": attacks})
+        return write_record(run, load_records([{"question": f"Who is {name}?", "answer": name} for name in NAMES]))
+
+    return make

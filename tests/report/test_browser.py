@@ -50,9 +50,13 @@ def browse(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("kind", ["run", "comparison"])
-def test_nothing_sticks_out(make_run: Callable[..., Path], tmp_path: Path, width: int, kind: str) -> None:
-    runs = [make_run("loku")] if kind == "run" else [make_run(method) for method in ("ga", "npo", "ihl", "loku")]
+@pytest.mark.parametrize("kind", ["run", "recorded run", "comparison"])
+def test_nothing_sticks_out(
+    make_run: Callable[..., Path], make_record: Callable[[Path], Path], tmp_path: Path, width: int, kind: str
+) -> None:
+    runs = [make_run(method) for method in (("ga", "npo", "ihl", "loku") if kind == "comparison" else ("loku",))]
+    if kind == "recorded run":
+        make_record(runs[0])
     report = write_report(runs, tmp_path / "report.html")
     (tmp_path / "copy.html").write_text(report.read_text().replace("</body>", MEASURE))
     frame = tmp_path / "frame.html"

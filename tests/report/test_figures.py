@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import pytest
 
-from loku.report.figures import Value, forget_quality_allowed, key_figures, read_forgetting, read_keeping, value_of
+from loku.report.figures import (
+    Value,
+    beyond_retain_only,
+    forget_quality_allowed,
+    key_figures,
+    read_forgetting,
+    read_keeping,
+    value_of,
+)
 from loku.report.numerals import count, duration, figure, memory, moment, percent
 from loku.report.words import TONES, explanation, missing_pieces, not_claimed, release_note, verdict
 
@@ -15,7 +23,7 @@ from loku.report.words import TONES, explanation, missing_pieces, not_claimed, r
         (0.98, 0.71, 0.44, "50\N{THIN SPACE}% of the way to the retain-only level."),
         (0.98, 0.97, 0.44, "Hardly moved."),
         (0.90, 0.95, 0.44, "Moved away from the retain-only level."),
-        (0.98, 0.30, 0.44, "Past the retain-only level by 0.140."),
+        (0.98, 0.30, 0.44, "Past the retain-only level by 0.140, which is no virtue."),
         (0.98, 0.445, 0.44, "At the retain-only level."),
         (0.55, 0.67, 0.79, "50\N{THIN SPACE}% of the way to the retain-only level."),
         (0.45, 0.10, 0.44, "Target and retain-only hardly differ here; unlearned is 0.340 away from both."),
@@ -120,3 +128,35 @@ def test_numerals() -> None:
     assert moment("2026-11-23T10:14:02") == "2026-11-23 10:14"
     assert moment("yesterday") == "yesterday"
     assert moment(None) is None
+
+
+def one_figure(mean: float, low: float, high: float, metric: str = "probability") -> dict:
+    return {"sets": {"forget": {"metrics": {metric: {"mean": mean, "low": low, "high": high}}}}}
+
+
+@pytest.mark.parametrize(
+    ("unlearned", "retain_only", "beyond"),
+    [
+        ((0.05, 0.02, 0.08), (0.2, 0.15, 0.25), True),
+        ((0.05, 0.02, 0.17), (0.2, 0.15, 0.25), False),  # the intervals overlap
+        ((0.16, 0.15, 0.17), (0.2, 0.19, 0.21), False),  # apart, but by a trifle
+        ((0.3, 0.28, 0.32), (0.2, 0.19, 0.21), False),  # it knows more
+    ],
+)
+def test_knowing_less_than_the_retain_only_model_is_told(
+    unlearned: tuple[float, ...], retain_only: tuple[float, ...], *, beyond: bool
+) -> None:
+    results = {"unlearned": one_figure(*unlearned), "retain_only": one_figure(*retain_only)}
+    assert beyond_retain_only(results) == (["answer probability 0.05 (retain-only 0.20)"] if beyond else [])
+    told = " ".join(explanation(results))
+    assert ("Better than retain-only is no virtue here: answer probability 0.05" in told) is beyond
+    del results["retain_only"]
+    assert beyond_retain_only(results) == []
+
+
+def test_more_of_another_figure_is_not_less_knowledge() -> None:
+    results = {
+        "unlearned": one_figure(0.0, 0.0, 0.0, "repetition"),
+        "retain_only": one_figure(0.5, 0.4, 0.6, "repetition"),
+    }
+    assert beyond_retain_only(results) == []

@@ -239,6 +239,8 @@ def test_comparison(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert plain.index("Utility") < plain.index("Forget quality p")
     assert text.count('<svg xmlns="http://www.w3.org/2000/svg"') == 6  # the scatter and five truth ratios
     assert "learning_rate" in plain
+    assert "Better than retain-only is no virtue." in plain
+    assert re.search(r"graddiff: answer probability 0\.0\d \(retain-only 0\.4\d\)", plain)
     assert "<h3>Mind</h3>" not in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ class PortableLora:
     def delta(self, name: str) -> Float[Tensor, "out in"]:
         """Return the change of one layer's weight, scaling * B A."""
         return self.scaling * (self.B[name] @ self.A[name])
+
+    def scaled(self, factor: float) -> PortableLora:
+        """Return the same adapter with its change of the weights times `factor`."""
+        return dataclasses.replace(self, scaling=self.scaling * factor)
 
     def save(self, folder: str | Path, *, base_model: str | None, dtype: torch.dtype = torch.float32) -> Path:
         """Write adapter_config.json and adapter_model.safetensors, as PEFT and the hub expect them."""
@@ -141,6 +146,18 @@ def merged_weights(base: PreTrainedModel, lora: PortableLora) -> dict[str, Tenso
             delta = delta.T
         state[key] = (stored.float() + delta.to(stored.device)).to(stored.dtype)
     return state
+
+
+def check_fits_base(base: PreTrainedModel, lora: PortableLora, name: str) -> None:
+    """Raise InputError when the adapter changes a weight that the base called `name` lacks or has in another size."""
+    sizes = {key: tuple(weight.shape) for key, weight in base.state_dict().items()}
+    for layer in lora.A:
+        size = (lora.B[layer].shape[0], lora.A[layer].shape[1])
+        if sizes.get(f"{layer}.weight") != (size[::-1] if lora.fan_in_fan_out else size):
+            raise InputError(
+                f"The adapter changes '{layer}' ({size[0]} x {size[1]}), which '{name}' does not have.",
+                "Give the base model that the adapter was trained on with --model.",
+            )
 
 
 def save_merged(base: PreTrainedModel, lora: PortableLora, folder: str | Path) -> Path:

@@ -28,7 +28,7 @@ from loku.forward import Forward
 from loku.losses.lm_head import unwrapped
 from loku.losses.retain import nll
 
-FIGURES = ("exact_match", "probability", "exact_memorisation", "rougeL_recall")
+FIGURES = ("exact_match", "probability", "exact_memorisation", "rougeL_recall", "repetition")
 TUNES = ("lora", "full")
 CLIP = 1.0  # gradient norm
 STEPS, LEARNING_RATE, SHARE, RANK, EVERY, BATCH = 20, 5e-4, 0.25, 8, 5, 8
@@ -117,7 +117,7 @@ def relearn(
     from seeded permutations of the rows. `tune` "lora" trains a fresh adapter of that rank (alpha twice the rank) on
     every linear layer but the head, on top of whatever the model holds; "full" trains copies, in float32, of all
     weights that are no adapter's. Training is in eval mode, without dropout. Measured are exact match and ROUGE-L
-    recall of the greedy answer, the answer's probability and exact memorisation.
+    recall of the greedy answer, its repetition, the right answer's probability and exact memorisation.
 
     The model comes back as it was, bit by bit, also after an error. Raises InputError for settings and rows that
     cannot be used, DivergenceError when the loss is no number any more.

@@ -51,6 +51,7 @@ from loku.methods import METHODS
 from loku.options import LARGEST_SEED, Options
 
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
+EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
 RULES = ("closest", "level")
 MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
 MEASURING = ("own", "tofu", "tdec", "muse", "lume")
@@ -176,7 +177,7 @@ def merged(base: Any, changes: Any) -> Any:
 def parse_recipe(value: Any, where: str) -> Recipe:
     """Return the recipe that a YAML value describes; `where` names it in errors."""
     names = ("name", "title", *Recipe.__dataclass_fields__)
-    parts = _mapping(value, where, names)
+    parts = _mapping(_numbers(value), where, names)
     for name in ("name", "stages", "unlearn", "arms", "seeds"):
         if name not in parts:
             raise InputError(f"{where} has no '{name}'.", "See docs/bench.md for what a benchmark's recipe holds.")
@@ -202,6 +203,15 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     _check_stages(recipe, where)
     _check_arms(recipe, where)
     return recipe
+
+
+def _numbers(value: Any) -> Any:
+    """Turn what YAML 1.1 reads as text, such as 5e-4, into the number it is, everywhere."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENT.match(value) else value
 
 
 def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:

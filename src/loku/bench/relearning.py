@@ -26,6 +26,7 @@ def relearned(
         learning_rate=settings["learning_rate"],
         every=settings["every"],
         max_length=options.max_length,
+        max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
     return {"steps": curve.steps, "means": curve.means, "settings": curve.settings}

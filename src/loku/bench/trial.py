@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from loku.assessment import check_rows, load_assessment_rows
+from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of
 from loku.bench.models import measure, measured_rows, results_file, unlearn_options
 from loku.bench.recipe import RETAIN_ONLY, TARGET
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
 from loku.errors import DivergenceError, InputError
+from loku.evaluation.reference import load_reference
 from loku.files import write_json
 from loku.job import load_rows, prepare
 from loku.models import load_model, load_tokenizer
@@ -67,11 +67,11 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
-    watched = None
-    if options.eval_steps:
-        watched = dataclasses.replace(load_assessment_rows(options), retain=rows.get("retain"))
-        check_rows(watched, job, options)
-    result = run_job(job, run, options, watched)
+    extra = AssessmentRows(
+        retain=rows.get("retain"), holdout=rows.get("holdout"), general=rows.get("general"),
+        reference=load_reference(options.retain_only_model) if options.retain_only_model else None,
+    )  # fmt: skip
+    result = run_job(job, run, options, extra)
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)

@@ -19,6 +19,8 @@ def run_task(task: Task) -> str:
     torch.set_num_threads(1)
     quiet_libraries()
     forward_to(lambda *update: None)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # a process on a GPU does many tasks
     if task.arm is None:
         build_models(task)
     else:

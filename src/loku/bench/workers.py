@@ -40,12 +40,15 @@ def workers(backend: str, count: int, address: str | None = None) -> Iterator[Su
 @contextmanager
 def _local(count: int) -> Iterator[Submit]:
     # A fork server imports the libraries once; every task gets a process of its own, so that its peak memory is its
-    # own, and nothing that one run leaves behind reaches the next.
+    # own, and nothing that one run leaves behind reaches the next. On a GPU a new process would cost seconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([WORK])
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=1)
+    import torch
+
+    tasks = None if torch.cuda.is_available() else 1
+    pool = ProcessPoolExecutor(count, mp_context=context, max_tasks_per_child=tasks)
     try:
         yield lambda task: pool.submit(_run, task)
     finally:

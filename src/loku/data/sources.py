@@ -23,7 +23,7 @@ BENCHMARKS = {"tofu": "locuslab/TOFU"}
 LOCAL_BENCHMARKS = ("tdec", "lume", "muse")  # by name under the data folder alone: no data set of the hub holds them so
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%-]+)?$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%+-]+)?$")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def load_records(
     """Load rows as records.
 
     `source` is one of: a file (.jsonl, .json, .csv, .parquet; .gz on any but the last), a folder written by
-    `datasets.save_to_disk`, a hub id `owner/name[/config][:split]`, a benchmark such as `tofu/forget10` (from
-    `data_dir`, by default $LOKU_DATA_DIR, else from the hub; `tdec/...`, `lume/...` and `muse/...` only from there), or
-    rows in memory. A trailing `[start:stop]` selects
+    `datasets.save_to_disk`, a hub id `owner/name[/config][:split]`, a benchmark such as `tofu/forget10` (a file of
+    that name under `data_dir`, by default $LOKU_DATA_DIR, else from the hub; `tdec/...`, `lume/...` and `muse/...` only
+    from there), or rows in memory. A trailing `[start:stop]` selects
     rows; records keep their index in the whole source.
 
     Raises InputError when nothing usable is found; `option` names the source in errors.
@@ -134,15 +134,16 @@ def _rows(name: str, option: str, data_dir: str | Path | None) -> tuple[list[Any
     if path.is_dir():
         return _read_folder(path, option), "folder"
     benchmark, _, config = name.partition("/")
+    local = _benchmark_file(name, data_dir) if config and not _names_a_file(name) else None
+    if local is not None:
+        return _read_file(local, option), "file"
     if benchmark in BENCHMARKS and config:
-        if data_dir is not None:
-            for suffix in SUFFIXES:
-                file = Path(data_dir) / benchmark / f"{config}{suffix}"
-                if file.is_file():
-                    return _read_file(file, option), "file"
         return _read_hub(BENCHMARKS[benchmark], config, "train", option, name), "hub"
-    if benchmark in LOCAL_BENCHMARKS and config:
-        return _read_file(_local(name, option, data_dir), option), "file"
+    if benchmark in LOCAL_BENCHMARKS and config and not _names_a_file(name):
+        raise InputError(
+            f"{option} '{name}' is not there.",
+            f"Set LOKU_DATA_DIR (or --data-dir) to a folder that holds '{name}.csv' or '{name}.jsonl'.",
+        )
     if _names_a_file(name) or not HUB_ID.match(name):
         raise InputError(f"{option} '{name}' does not exist.", _near_files(path))
     dataset, _, split = name.partition(":")
@@ -150,15 +151,12 @@ def _rows(name: str, option: str, data_dir: str | Path | None) -> tuple[list[Any
     return _read_hub(f"{owner}/{repository}", rest[0] if rest else None, split or "train", option, name), "hub"
 
 
-def _local(name: str, option: str, data_dir: str | Path | None) -> Path:
-    files = [Path(data_dir or ".") / f"{name}{suffix}" for suffix in SUFFIXES]
-    found = next((file for file in files if data_dir is not None and file.is_file()), None)
-    if found is None:
-        raise InputError(
-            f"{option} '{name}' is not there.",
-            f"Set LOKU_DATA_DIR (or --data-dir) to a folder that holds '{name}.csv' or '{name}.jsonl'.",
-        )
-    return found
+def _benchmark_file(name: str, data_dir: str | Path | None) -> Path | None:
+    """Return the file of a benchmark by name in the folder of benchmark files, packed or not."""
+    if data_dir is None:
+        return None
+    places = (Path(data_dir) / f"{name}{suffix}{packed}" for packed in ("", ".gz") for suffix in SUFFIXES)
+    return next((place for place in places if place.is_file()), None)
 
 
 def _names_a_file(name: str) -> bool:

@@ -62,7 +62,7 @@ def prepare(
             )
         found = load_reference(reference)
         warnings = check_reference(found, records["forget"], record_sets["forget"].sha256)
-    before = target if target is None or isinstance(target, Results) else _read_target(target)
+    before = target if target is None or isinstance(target, Results) else read_target(target)
     if before is not None and "forget" in records:
         theirs = before.data.get("forget", {}).get("sha256")
         if theirs is not None and theirs != record_sets["forget"].sha256:
@@ -73,7 +73,8 @@ def prepare(
     return Prepared(record_sets, records, found, before, warnings)
 
 
-def _read_target(path: str | Path) -> Results:
+def read_target(path: str | Path) -> Results:
+    """Read the target's results: a file, an evaluation's folder, or that of an unlearning run."""
     folder = Path(path)
     if not folder.is_dir():
         return read_results(folder)
@@ -108,7 +109,9 @@ def evaluate_prepared(
         template = resolve_template(tokenizer, _model_folder(model))
     encoder = Encoder(tokenizer, template, max_length=max_length)
     measured = measure(model, tokenizer, encoder, prepared.records, effort=effort, progress=progress)
-    add_extras(model, tokenizer, template, measured, extras=extras, reference_model=reference_model, effort=effort)
+    add_extras(
+        model, tokenizer, template, measured, extras=extras, reference_model=reference_model, effort=effort, seed=seed
+    )
     sets = {
         name: set_results(rows, forget=name == "forget", normalised=name in normalised_sets, seed=seed)
         for name, rows in measured.items()
@@ -120,7 +123,7 @@ def evaluate_prepared(
             name: {"name": found.name, "sha256": found.sha256, "rows": len(prepared.records[name])}
             for name, found in prepared.record_sets.items()
         },
-        settings=dict(settings) | {"max_length": max_length, "seed": seed, "template": _describe_template(template)},
+        settings=dict(settings) | {"max_length": max_length, "seed": seed, "template": describe_template(template)},
         sets=sets,
         summary={},
         reference=None if prepared.reference is None else prepared.reference.to_json(),
@@ -244,5 +247,6 @@ def _model_folder(model: nn.Module) -> str | None:
     return name if Path(name).is_dir() else None
 
 
-def _describe_template(template: Template) -> dict[str, Any]:
+def describe_template(template: Template) -> dict[str, Any]:
+    """Return what a results file says about a prompt template."""
     return {"kind": type(template).__name__} | dataclasses.asdict(template)

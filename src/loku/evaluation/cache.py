@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ class BatchCache:
     """A folder with one safetensors file for each batch, named by a hash of model, token ids, labels and limits.
 
     `key` names the model: hashes of its weights and of its adapter, and its type. Of scored batches numbers are kept,
-    no token ids and no texts. Continuations are texts, so they are kept only with `keep_text`.
+    no token ids and no texts. Continuations are texts, so they are kept only with `keep_text`; what was made of
+    them, as numbers, always.
     """
 
     folder: Path
@@ -57,6 +59,19 @@ class BatchCache:
         if self.keep_text:
             ids = [np.array(item, dtype=np.int64) for item in found]
             self._write(self._file("continuations", prompts, limits, stops), {"ids": ids})
+
+    def numbers(self, kind: str, rows: int, names: Sequence[str], *content: Any) -> list[dict[str, float]] | None:
+        """Return named numbers of a batch of rows, or None; `content` is all that decides them. NaN: there is none."""
+        columns = self._read(self._file(kind, list(names), *content), ("values",), rows)
+        if columns is None:
+            return None
+        pairs = [zip(names, values.tolist(), strict=True) for values in columns[0]]
+        return [{name: value for name, value in row if not math.isnan(value)} for row in pairs]
+
+    def put_numbers(self, kind: str, found: Sequence[Mapping[str, float]], names: Sequence[str], *content: Any) -> None:
+        """Keep named numbers of a batch of rows; a row may lack some."""
+        values = [np.array([row.get(name, np.nan) for name in names], dtype=np.float64) for row in found]
+        self._write(self._file(kind, list(names), *content), {"values": values})
 
     def _scored(self, examples: Sequence[Example]) -> Path:
         return self._file("scores", [[example.input_ids, example.labels] for example in examples])

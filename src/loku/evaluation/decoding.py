@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loku.losses.lm_head import unwrapped
+
+Choice = Callable[[Tensor, Sequence[int]], Tensor]  # next tokens from logits (rows, vocabulary) and the prompts' places
 
 KEPT_SHARE = 0.75  # ended rows are dropped once no more than this share is left: dropping copies the cache
 TINY = ((1, 2, 3, 4, 5), (6, 4, 2))  # the check's prompts, and what follows each of them
@@ -61,18 +63,20 @@ def decode(
     limits: Sequence[int],
     stops: Sequence[int],
     pad_id: int,
+    choose: Choice | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily by at most its limit (at least 1) of tokens, up to and without a stop token.
+    """Continue each prompt by at most its limit (at least 1) of tokens, up to and without a stop token.
 
-    The first of equally likely tokens is taken, as by `model.generate`. The model must be one that `decodes_plainly`,
-    in eval mode and without gradients.
+    Greedily, and the first of equally likely tokens is taken, as by `model.generate`; or by `choose`, which gets logits
+    (rows x vocabulary) with the prompts' places and returns a token for each. The model must be one that
+    `decodes_plainly`, in eval mode and without gradients.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     decoder = Decoder(model, prompts, pad_id)
     rows = list(range(len(prompts)))  # the prompt that each row of the cache continues
     alive = set(rows)
     while True:
-        chosen = decoder.logits.argmax(dim=-1)
+        chosen = decoder.logits.argmax(dim=-1) if choose is None else choose(decoder.logits, rows)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row not in alive:
                 continue

@@ -11,10 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from loku.data.encoding import Example
-from loku.evaluation.generation import BATCH_ROWS, generate
+from loku.evaluation.cache import BatchCache
+from loku.evaluation.generation import BATCH_ROWS
+from loku.evaluation.judging import judged
 from loku.evaluation.metrics import exact_memorisation
 from loku.evaluation.modes import end_ids
 from loku.evaluation.scoring import BATCH_TOKENS, score
+from loku.files import json_line
 
 NGRAMS = (3, 5, 10)
 
@@ -66,17 +69,36 @@ def extraction_likelihood(
     end = len(tokens)
     if end <= n:
         return float("nan")
+    total = prefix_overlaps(tokens, hits, end, (), n, stops)
+    for miss in needed_misses(hits, n):
+        total += prefix_overlaps(tokens, hits, miss, continuations[miss], n, stops)
+    return total / (end - n)
+
+
+def prefix_overlaps(
+    tokens: Sequence[int],
+    hits: ArrayLike,
+    miss: int,
+    continuation: Sequence[int],
+    n: int,
+    stops: Collection[int] = (),
+) -> float:
+    """Return Σ overlap_n over the prefixes of 1 to T - n tokens whose greedy continuation runs into one miss.
+
+    `miss` is the length of the prefix before that miss, or T for the prefixes that run into none. EL_n is the sum of
+    these over all misses, / (T - n).
+    """
+    end = len(tokens)
     misses = next_misses(hits) + 1
     last = {tuple(tokens[start : start + n]): start for start in range(end - n + 1)}
-    likelihood = 0.0
-    for length in range(1, end - n + 1):
-        miss = int(misses[length - 1])
+    total = 0.0
+    for length in (np.flatnonzero(misses[: max(0, end - n)] == miss) + 1).tolist():
         said = list(tokens[length:miss])
         stop = next((place for place, token in enumerate(said) if token in stops), None)
-        said = said[:stop] if stop is not None else said + (list(continuations[miss]) if miss < end else [])
+        said = said[:stop] if stop is not None else [*said, *continuation]
         grams = (tuple(said[start : start + n]) for start in range(len(said) - n + 1))
-        likelihood += sum(last.get(gram, -1) >= length for gram in grams) / (end - length - n + 1)
-    return likelihood / (end - n)
+        total += float(sum(last.get(gram, -1) >= length for gram in grams)) / (end - length - n + 1)
+    return total
 
 
 def measure_extraction(
@@ -89,11 +111,13 @@ def measure_extraction(
     batch_tokens: int = BATCH_TOKENS,
     batch_rows: int = BATCH_ROWS,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> list[Extraction]:
     """Return EL_n and MA of texts, one window each, decoding once for each teacher-forced miss.
 
     MA is the share of tokens 1 to T - 1 that greedy decoding predicts from the true prefix. `hits` says which, where
-    that has been scored before. `progress` is told how many continuations each batch finished.
+    that has been scored before. `progress` is told how many continuations each batch finished. `cache` keeps what each
+    continuation adds to EL_n, as a number.
     """
     hits = memorised(model, tokenizer, examples, batch_tokens=batch_tokens) if hits is None else hits
     shortest = min(ngrams, default=1)
@@ -101,20 +125,38 @@ def measure_extraction(
     prompts = [examples[row].input_ids[:length] for row, length in places]
     limits = [len(examples[row].input_ids) - length for row, length in places]
     stops = end_ids(model, tokenizer)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=limits, batch_rows=batch_rows, progress=progress)
-    continuations: list[dict[int, Sequence[int]]] = [{} for _ in examples]
-    for (row, length), answer in zip(places, answers, strict=True):
-        continuations[row][length] = answer.ids
+    names = [f"el_{n}" for n in ngrams]
+
+    def judge(place: int, ids: Sequence[int]) -> dict[str, float]:
+        (row, miss), tokens = places[place], examples[places[place][0]].input_ids
+        return {f"el_{n}": prefix_overlaps(tokens, hits[row], miss, ids, n, stops) for n in ngrams}
+
+    keys = [json_line([examples[row].input_ids, np.flatnonzero(~hits[row]).tolist()]) for row, _ in places]
+    parts = judged(
+        model,
+        tokenizer,
+        prompts,
+        judge,
+        names=names,
+        keys=keys,
+        max_new_tokens=limits,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
+    sums = [
+        {n: prefix_overlaps(e.input_ids, h, len(e.input_ids), (), n, stops) for n in ngrams}
+        for e, h in zip(examples, hits, strict=True)
+    ]
+    for (row, _), part in zip(places, parts, strict=True):
+        for n in ngrams:
+            sums[row][n] += part[f"el_{n}"]
     return [
         Extraction(
             exact_memorisation(found),
-            {
-                n: extraction_likelihood(example.input_ids, found, known, n, stops)
-                for n in ngrams
-                if len(example.input_ids) > n
-            },
+            {n: sums[row][n] / (len(example.input_ids) - n) for n in ngrams if len(example.input_ids) > n},
         )
-        for example, found, known in zip(examples, hits, continuations, strict=True)
+        for row, (example, found) in enumerate(zip(examples, hits, strict=True))
     ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from loku.evaluation.decoding import decode, decodes_plainly
 from loku.evaluation.modes import end_ids, evaluating
 from loku.evaluation.sharing import gathered, own_share
 from loku.models import context_length
+
+Found = TypeVar("Found")
 
 BATCH_ROWS = 64
 BATCH_TOKENS = 32_768  # padded prompt and answer tokens held in the key-value cache at once
@@ -56,9 +59,8 @@ def generate(
     tokens are equally likely to within rounding. Where torch.distributed is initialised, the processes share the
     batches and all of them return all continuations. Batches that `cache` holds are not decoded again.
     """
-    limits = _limits(model, prompts, max_length, max_new_tokens)
+    limits = row_limits(model, prompts, max_length, max_new_tokens)
     stops = end_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     starts = [list(ids)[:limit] for ids, limit in zip(known or [()] * len(prompts), limits, strict=True)]
     answers = {row: _until_end(ids, stops) for row, ids in enumerate(starts)}
     open_rows = [row for row, ids in enumerate(starts) if len(answers[row]) == len(ids) < limits[row]]
@@ -66,30 +68,73 @@ def generate(
         progress(len(prompts) - len(open_rows))
     begun = [[*prompts[row], *starts[row]] for row in open_rows]
     left = [limits[row] - len(starts[row]) for row in open_rows]
-    batches = list(_batches(list(map(len, begun)), left, batch_rows, batch_tokens, context_length(model)))
-    found: dict[int, list[int]] = {}
-    with torch.no_grad(), evaluating(model):
-        continue_batch = decode if not batches or decodes_plainly(model) is None else _by_generate
-        for batch in own_share(batches):
-            rows, allowed = [begun[place] for place in batch], [left[place] for place in batch]
-            ids = None if cache is None else cache.continuations(rows, allowed, stops)
-            if ids is None:
-                ids = continue_batch(model, rows, allowed, stops, pad_id)
-                if cache is not None:
-                    cache.put_continuations(rows, allowed, stops, ids)
-            found |= zip(batch, ids, strict=True)
-            if progress is not None:
-                progress(len(batch))
-    own = len(found)
-    found = gathered(found)
-    if progress is not None and len(found) > own:
-        progress(len(found) - own)
+
+    def continued(batch: Batch) -> list[list[int]]:
+        ids = None if cache is None else cache.continuations(batch.prompts, batch.limits, stops)
+        if ids is None:
+            ids = batch.decode()
+            if cache is not None:
+                cache.put_continuations(batch.prompts, batch.limits, stops, ids)
+        return ids
+
+    found = over_batches(
+        model,
+        tokenizer,
+        begun,
+        left,
+        continued,
+        batch_rows=batch_rows,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
     for place, more in found.items():
         answers[open_rows[place]] += more
     return [
         Generation(tuple(answers[row]), tokenizer.decode(answers[row], skip_special_tokens=True).strip())
         for row in range(len(prompts))
     ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are continued together: their places in the list, and what continues them when it is called."""
+
+    rows: list[int]
+    prompts: list[list[int]]
+    limits: list[int]
+    stops: list[int]
+    decode: Callable[[], list[list[int]]]
+
+
+def over_batches(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    answer: Callable[[Batch], Sequence[Found]],
+    *,
+    batch_rows: int = BATCH_ROWS,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, Found]:
+    """Return what `answer` makes of every prompt, batch by batch; the processes share the batches, and all get all."""
+    stops = end_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    batches = list(_batches(list(map(len, prompts)), limits, batch_rows, batch_tokens, context_length(model)))
+    found: dict[int, Found] = {}
+    with torch.no_grad(), evaluating(model):
+        continue_batch = decode if not batches or decodes_plainly(model) is None else _by_generate
+        for batch in own_share(batches):
+            rows, allowed = [list(prompts[place]) for place in batch], [limits[place] for place in batch]
+            work = partial(continue_batch, model, rows, allowed, stops, pad_id)
+            found |= zip(batch, answer(Batch(batch, rows, allowed, stops, work)), strict=True)
+            if progress is not None:
+                progress(len(batch))
+    own = len(found)
+    found = gathered(found)
+    if progress is not None and len(found) > own:
+        progress(len(found) - own)
+    return found
 
 
 def known_start(example: Example, hits: Sequence[bool] | NDArray[np.bool_], start: int) -> list[int]:
@@ -121,13 +166,13 @@ def _by_generate(
     return [_until_end(ids[:limit], stops) for ids, limit in zip(output[:, width:].tolist(), limits, strict=True)]
 
 
-def _limits(
+def row_limits(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     max_length: int | None,
     max_new_tokens: int | Sequence[int] | None,
 ) -> list[int]:
-    """Return how many new tokens each row may have."""
+    """Return how many new tokens each row may have: at least one, whatever the limits."""
     if max_length is None and max_new_tokens is None:
         raise ValueError("generate got no limit: give max_length or max_new_tokens")
     per_row = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int | None) else max_new_tokens

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from loku.data.sources import Rows
+from loku.data.sources import SUFFIXES, Rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.membership import membership_auc
 from loku.evaluation.metrics import harmonic_mean, rougeL_recall
-from loku.evaluation.probing import continue_texts, example_text, plain_set, score_texts
+from loku.evaluation.probing import Probe, ask, example_text, plain_set, score_texts
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 
+# The public split of SemEval-2025 task 4; LUME itself, about twice as large, is a repository of files (amazon-science).
+HUB = "llmunlearningsemeval2025organization/semeval25-unlearning-dataset-public"
 TASKS = ("Task1", "Task2", "Task3")
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 COLUMNS = ("id", "input", "output", "task")
@@ -28,6 +34,23 @@ NEW_TOKENS = 256
 MAX_LENGTH = 2048  # tokens of a membership text
 MMLU_LEAST = 0.371  # 75 % of the 7B target's MMLU, below which the task did not rank a model
 _PROBE = re.compile(r'(sc|qa)\d+"?$')
+
+
+def lume_source(name: str, data_dir: str | Path | None = None) -> str:
+    """Return where LUME's `forget` or `retain` rows are: `<data_dir>/lume` (by default in $LOKU_DATA_DIR), or the hub.
+
+    The hub has SemEval's public rows, train and validation together. Raises InputError when a folder `lume` is there
+    but lacks the file.
+    """
+    base = data_dir or os.environ.get("LOKU_DATA_DIR")
+    folder = None if base is None else Path(base) / "lume"
+    if folder is None or not folder.is_dir():
+        return f"{HUB}:{name}_train+{name}_validation"
+    files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
+    found = next((str(file) for file in files if file.is_file()), None)
+    if found is None:
+        raise InputError(f"--{name} is missing.", f"Give a file of LUME's rows, or --data-dir with lume/{name}.jsonl.")
+    return found
 
 
 def kind_of(identifier: str) -> str:
@@ -100,6 +123,7 @@ def evaluate_lume(
     keep_text: bool = False,
     identity: Identity | None = None,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Measure a model as the task's evaluation script does: bare inputs, greedy answers of at most 256 tokens.
 
@@ -119,25 +143,33 @@ def evaluate_lume(
             kind_of(row["id"])
             if row["task"] not in TASKS:
                 raise InputError(f"--{name} has the task '{row['task']}'.", f"Tasks are {', '.join(TASKS)}.")
-    total, done = sum(map(len, chosen.values())), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, "generating")
-
+    probes = {
+        name: [
+            Probe(row["input"], partial(_value, row), f"{kind_of(row['id'])} {row['output']}", max_new_tokens)
+            for row in rows
+        ]
+        for name, rows in chosen.items()
+    }
+    answers = ask(
+        model,
+        tokenizer,
+        probes,
+        tuple(KINDS.values()),
+        keep_text=keep_text,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
     sets, texts = {}, []
     for name, rows in chosen.items():
-        prompts = [row["input"] for row in rows]
-        said = continue_texts(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows, progress=advance
-        )
-        numbers = [_numbers(index, row, text) for index, (row, text) in enumerate(zip(rows, said, strict=True))]
+        judged, said = answers[name]
+        tasks = [TASKS.index(row["task"]) + 1 for row in rows]
+        pairs = enumerate(zip(tasks, judged, strict=True))
+        numbers = [{"index": index, "task": task} | value for index, (task, value) in pairs]
         sets[name] = plain_set(numbers, KINDS.values(), identity.seed)
         if keep_text:
-            pairs = enumerate(zip(rows, said, strict=True))
-            texts += [example_text(name, index, row["input"], row["output"], text) for index, (row, text) in pairs]
+            asked = enumerate(zip(rows, said, strict=True))
+            texts += [example_text(name, index, row["input"], row["output"], text) for index, (row, text) in asked]
     values = task_values(sets)
     aggregate = task_aggregate(values)
     summary = values | ({} if aggregate is None else {"task_aggregate": aggregate})
@@ -148,7 +180,9 @@ def evaluate_lume(
         for name in ("members", "nonmembers"):
             chosen[name] = list(data[name].rows[:max_rows])
             documents = [row["document"] for row in chosen[name]]
-            scored = score_texts(model, tokenizer, documents, max_length=max_length, batch_tokens=batch_tokens)
+            scored = score_texts(
+                model, tokenizer, documents, max_length=max_length, batch_tokens=batch_tokens, cache=cache
+            )
             sets[name] = plain_set(scored, ("exact_memorisation",), identity.seed)
         losses = [[row["nll"] for row in sets[name].per_example] for name in ("members", "nonmembers")]
         auc = membership_auc(*losses)
@@ -171,10 +205,9 @@ def evaluate_lume(
     )
 
 
-def _numbers(index: int, row: Mapping[str, Any], said: str) -> dict[str, float]:
+def _value(row: Mapping[str, Any], said: str) -> dict[str, float]:
     kind = kind_of(row["id"])
-    value = rougeL_recall(said, row["output"]) if kind == "sc" else knowledge(said, row["output"])
-    return {"index": index, "task": TASKS.index(row["task"]) + 1, KINDS[kind]: value}
+    return {KINDS[kind]: rougeL_recall(said, row["output"]) if kind == "sc" else knowledge(said, row["output"])}
 
 
 def _notes(values: Mapping[str, float], mmlu: float | None) -> Sequence[str]:

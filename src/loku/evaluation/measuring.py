@@ -105,7 +105,8 @@ class Measured:
             values["exact_match"] = _mean([metrics.exact_match(item.text, [text]) for item, text in pairs])
         elif self.generations:
             said = self.generations[0].text
-            values["rougeL_recall"] = metrics.rougeL_recall(said, self.references[0])
+            words = metrics.rouge(said, self.references[0])
+            values["rougeL_recall"], values["rougeL_f1"] = words.recall, words.f1
             values["rouge1_recall"] = metrics.rouge(said, self.references[0], "rouge1").recall
             values["refusal_rate"] = is_refusal(said)
             values["exact_match"] = metrics.exact_match(said, self.references)
@@ -228,6 +229,15 @@ def check_measurable(model: nn.Module, tokenizer: Any, encoder: Encoder, sets: M
     _plan(model, tokenizer, encoder, sets)
 
 
+def answer_limit(model: nn.Module, tokenizer: Any, encoder: Encoder, sets: Mapping[str, Sequence[Record]]) -> int:
+    """Return how many tokens an answer to these rows may have where `fit_answers` is the only limit."""
+    return _fitted(_plan(model, tokenizer, encoder, sets)[0].longest_answer)
+
+
+def _fitted(longest: int) -> int:
+    return max(LEAST_NEW_TOKENS, 2 * longest + 8)
+
+
 def _plan(
     model: nn.Module, tokenizer: Any, encoder: Encoder, sets: Mapping[str, Sequence[Record]]
 ) -> tuple[_Work, dict[str, list[Measured]]]:
@@ -245,7 +255,7 @@ def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> l
     """Return how many tokens each prompt may be continued by, or None when only the total length is limited."""
     common = effort.max_new_tokens
     if common is None and effort.fit_answers:
-        common = max(LEAST_NEW_TOKENS, 2 * longest + 8)
+        common = _fitted(longest)
     if common is None and effort.max_length is not None:
         common = effort.max_length
     if common is None:
@@ -260,7 +270,7 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
         return _plan_text(work, examples, tokenizer, record)
     question, answer = question_and_answer(record)
     references = [answer] + ([record.paraphrased_answer] if record.paraphrased_answer is not None else [])
-    row = Measured(record, question, references, examples=list(examples), prompts=[_prompt(examples[0])])
+    row = Measured(record, question, references, examples=list(examples), prompts=[prompt_of(examples[0])])
     source = len(work.examples)
     for example in examples:
         work.score(example, row.answer.append)
@@ -274,13 +284,13 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
     work.ask(row.prompts[0], row.generations.append, source=source)
     if record.paraphrased_question is not None and not record.messages:
         other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
-        work.ask(_prompt(other), lambda found: setattr(row, "asked_otherwise", found))
-    longest = max(len(example.input_ids) - len(_prompt(example)) for example in encoded)
+        work.ask(prompt_of(other), lambda found: setattr(row, "asked_otherwise", found))
+    longest = max(len(example.input_ids) - len(prompt_of(example)) for example in encoded)
     work.longest_answer = max(work.longest_answer, longest)
     return row
 
 
-def _prompt(example: Example) -> list[int]:
+def prompt_of(example: Example) -> list[int]:
     """Return what is continued: the ids before the answer; of a conversation, before its last assistant turn."""
     start = example.generation_length
     for place in range(start + 1, len(example.labels)):
@@ -326,7 +336,11 @@ def set_results(
     `truth_ratio` is averaged as min(R, 1/R) on the forget set and as max(0, 1 - R) elsewhere, `truth_ratio_probability`
     as it is; `perplexity` is exp(Σ NLL / Σ tokens) over all rows.
     """
-    per_example = [row.numbers(normalised=normalised) for row in rows]
+    return summarise([row.numbers(normalised=normalised) for row in rows], forget=forget, seed=seed)
+
+
+def summarise(per_example: list[dict[str, float]], *, forget: bool = False, seed: int = 42) -> SetResults:
+    """Return the results of a set that follow from the numbers of its rows; see `set_results`."""
     found: dict[str, Interval] = {}
     for name in dict.fromkeys(name for numbers in per_example for name in numbers):
         if name in ROW_ONLY or name.startswith(ROW_ONLY_PARTS):
@@ -338,7 +352,7 @@ def set_results(
     tokens = np.array([numbers["tokens"] for numbers in per_example])
     nlls = np.array([numbers["nll"] for numbers in per_example]) * tokens
     found["perplexity"] = Interval(*metrics.perplexity(metrics.bootstrap(nlls, weights=tokens, seed=seed)).tolist())
-    return SetResults(len(rows), found, per_example)
+    return SetResults(len(per_example), found, per_example)
 
 
 def texts(name: str, rows: Sequence[Measured]) -> list[dict[str, Any]]:

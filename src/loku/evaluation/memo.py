@@ -9,7 +9,9 @@ from torch import nn
 
 from loku.data.prompts import TagTemplate, Template, render_chat
 from loku.data.records import Record
-from loku.evaluation.generation import BATCH_ROWS, generate
+from loku.evaluation.cache import BatchCache
+from loku.evaluation.generation import BATCH_ROWS
+from loku.evaluation.judging import judged
 from loku.evaluation.metrics import rouge
 
 STEP = 5  # characters between cuts
@@ -47,6 +49,7 @@ def memo_scores(
     step: int = STEP,
     max_new_tokens: int = NEW_TOKENS,
     batch_rows: int = BATCH_ROWS,
+    cache: BatchCache | None = None,
 ) -> list[Memo | None]:
     """Return each question's MEMO scores; None for running text, for conversations, and for answers without a cut.
 
@@ -63,11 +66,26 @@ def memo_scores(
             prompts.append(list(tokenizer(text + beginning, add_special_tokens=special)["input_ids"]))
             rests.append(rest)
             owners.append(owner)
-    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_rows=batch_rows)
+
+    def judge(place: int, ids: Sequence[int]) -> dict[str, float]:
+        said = tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        score = rouge(said, rests[place], "rouge1")
+        return {"precision": score.precision, "recall": score.recall}
+
     found: list[list[tuple[float, float]]] = [[] for _ in records]
-    for owner, rest, answer in zip(owners, rests, answers, strict=True):
-        score = rouge(answer.text, rest, "rouge1")
-        found[owner].append((score.precision, score.recall))
+    numbers = judged(
+        model,
+        tokenizer,
+        prompts,
+        judge,
+        names=Memo._fields,
+        keys=rests,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        cache=cache,
+    )
+    for owner, number in zip(owners, numbers, strict=True):
+        found[owner].append((number["precision"], number["recall"]))
     return [Memo(*(sum(part) / len(part) for part in zip(*parts, strict=True))) if parts else None for parts in found]
 
 

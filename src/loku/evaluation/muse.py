@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import nn
 from loku.data.sources import SUFFIXES, Rows, load_rows
 from loku.errors import InputError, suggestion
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.membership import attack_aucs, distances, priv_leak
 from loku.evaluation.metrics import rouge
-from loku.evaluation.probing import continue_texts, encode_text, example_text, plain_set, score_texts
+from loku.evaluation.probing import Probe, ask, encode_text, example_text, plain_set, score_texts
 from loku.evaluation.results import Results, SetResults
 from loku.evaluation.scoring import BATCH_TOKENS
 from loku.models import context_length
@@ -34,6 +36,7 @@ PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "forget": ("privleak", "forget", ("text",)),
     "holdout": ("privleak", "holdout", ("text",)),
 }
+ROUGE = ("rougeL_f1", "rougeL_recall")
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 STOPS = ("\n\n", "\nQuestion", "Question:")  # an answer ends before the first of them
 MAX_LENGTH = 4096  # tokens of a text for PrivLeak; less where the model reads less
@@ -99,6 +102,7 @@ def evaluate_muse(
     identity: Identity | None = None,
     warnings: Sequence[str] = (),
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Measure the parts of MUSE that there are, as the official code does.
 
@@ -118,32 +122,35 @@ def evaluate_muse(
     sets: dict[str, SetResults] = {}
     texts: list[dict[str, Any]] = []
     notes = list(warnings)
-    total = sum(len(found) for name, found in rows.items() if name in _ASKED)
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, "generating")
-
-    for name in (name for name in _ASKED if name in rows):
-        prompts, answers = _questions(tokenizer, name, rows)
-        limit = VERBMEM_TOKENS if name.startswith("verbmem") else KNOWMEM_TOKENS
-        said = continue_texts(model, tokenizer, prompts, max_new_tokens=limit, batch_rows=batch_rows, progress=advance)
-        if name.startswith("knowmem"):
-            said = [first_answer(text) for text in said]
-        numbers = [_rouge(*pair) | {"index": index} for index, pair in enumerate(zip(said, answers, strict=True))]
-        sets[name] = plain_set(numbers, ("rougeL_f1", "rougeL_recall"), identity.seed)
+    asked = {name: _questions(tokenizer, name, rows) for name in _ASKED if name in rows}
+    probes = {
+        name: [
+            Probe(prompt, partial(_rouge, name, answer), f"{name} {answer}", _LIMITS[name]) for prompt, answer in pairs
+        ]
+        for name, pairs in asked.items()
+    }
+    answers = ask(
+        model,
+        tokenizer,
+        probes,
+        ROUGE,
+        keep_text=keep_text,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
+    for name, (numbers, said) in answers.items():
+        rated = [row | {"index": index} for index, row in enumerate(numbers)]
+        sets[name] = plain_set(rated, ROUGE, identity.seed)
         if keep_text:
-            triples = zip(prompts, answers, said, strict=True)
-            texts += [example_text(name, index, *triple) for index, triple in enumerate(triples)]
+            pairs = enumerate(zip(asked[name], said, strict=True))
+            texts += [example_text(name, index, *question, _cut(name, text)) for index, (question, text) in pairs]
     summary = {name: 100.0 * found.metrics["rougeL_f1"].mean for name, found in sets.items()}
     length = min(max_length or MAX_LENGTH, context_length(model) or MAX_LENGTH)
     if "forget" in rows and "holdout" in rows:
         for name in ("forget", "holdout"):
             found = [row["text"] for row in rows[name]]
-            scored = score_texts(model, tokenizer, found, max_length=length, batch_tokens=batch_tokens)
+            scored = score_texts(model, tokenizer, found, max_length=length, batch_tokens=batch_tokens, cache=cache)
             sets[name] = plain_set(scored, ("exact_memorisation", "extraction_strength"), identity.seed)
         aucs = attack_aucs(sets["forget"].per_example, sets["holdout"].per_example)
         leak, leak_notes = _leak(aucs, corpus, reference)
@@ -165,22 +172,27 @@ def evaluate_muse(
 
 
 _ASKED = ("verbmem_forget", "knowmem_forget", "knowmem_retain")
+_LIMITS = dict(zip(_ASKED, (VERBMEM_TOKENS, KNOWMEM_TOKENS, KNOWMEM_TOKENS), strict=True))
 
 
-def _questions(tokenizer: Any, name: str, rows: Mapping[str, list[dict[str, Any]]]) -> tuple[list[str], list[str]]:
+def _questions(tokenizer: Any, name: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
     """Return what is asked and what should be said."""
     if name.startswith("knowmem"):
         shots = rows.get(f"{name}_shots", [])
-        return [few_shot(row["question"], shots) for row in rows[name]], [row["answer"] for row in rows[name]]
+        return [(few_shot(row["question"], shots), row["answer"]) for row in rows[name]]
     answers = []
     for row in rows[name]:
         ids = encode_text(tokenizer, row["gt"])[:VERBMEM_TOKENS]
-        answers.append(tokenizer.decode(ids, skip_special_tokens=True))
-    return [row["prompt"] for row in rows[name]], answers
+        answers.append((row["prompt"], tokenizer.decode(ids, skip_special_tokens=True)))
+    return answers
 
 
-def _rouge(generation: str, answer: str) -> dict[str, float]:
-    found = rouge(generation, answer, stemmer=False)
+def _cut(name: str, text: str) -> str:
+    return first_answer(text) if name.startswith("knowmem") else text
+
+
+def _rouge(name: str, answer: str, text: str) -> dict[str, float]:
+    found = rouge(_cut(name, text), answer, stemmer=False)
     return {"rougeL_f1": found.f1, "rougeL_recall": found.recall}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from loku.errors import InputError
 from loku.evaluation import metrics
 from loku.evaluation.logs import LogSet
+from loku.evaluation.membership import REFERENCE_ATTACK
 from loku.evaluation.metrics import Array
 from loku.evaluation.results import Results
 
@@ -119,8 +120,8 @@ def write_evaluation(results: Results) -> tuple[dict[str, Any], dict[str, float]
     """Return what TOFU_EVAL.json and TOFU_SUMMARY.json hold, for results of suite tofu.
 
     Their names and conventions: `extraction_strength` is the variant with a floor, truth ratios are geometric, R per
-    row. Texts stand with ROUGE where they were kept. Not written, since not measured: ROUGE-L F1, and the fluency
-    classifier's probabilities.
+    row. Texts stand with ROUGE where they were kept. Not written, since not measured: the probabilities of its fluency
+    classifier, and by row the reference attack, whose AUC stands alone.
     """
     found: dict[str, Any] = {}
     for name in (name for name in PREFIXES if name in results.sets):
@@ -134,7 +135,7 @@ def write_evaluation(results: Results) -> tuple[dict[str, Any], dict[str, float]
             found[theirs] = {
                 name: _metric(results.sets[name].per_example, _score(score)) for name in ("forget", "holdout")
             } | {"auc": results.summary[ours], "agg_value": results.summary[ours]}
-    for ours, theirs in SUMMARY.items():
+    for ours, theirs in (SUMMARY | {REFERENCE_ATTACK: "mia_reference"}).items():
         if ours in results.summary:
             found[theirs] = {"agg_value": results.summary[ours]}
     found = dict(sorted(found.items()))
@@ -177,7 +178,7 @@ def _score(name: str) -> Callable[[Mapping[str, float]], dict[str, Any]]:
 
 
 def _rouge(row: Mapping[str, float], text: Mapping[str, Any] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"rouge1_recall": row["rouge1_recall"], "rougeL_recall": row["rougeL_recall"]}
+    found: dict[str, Any] = {name: row[name] for name in ("rouge1_recall", "rougeL_f1", "rougeL_recall") if name in row}
     if text is not None:
         found |= {"input": text["question"], "ground_truth": text["answer"], "generation": text["generation"]}
     return found

@@ -14,7 +14,7 @@ from loku.evaluation.metrics import Interval
 from loku.files import json_text, read_json, write_text
 
 SCHEMA_VERSION = 1
-SUITES = ("tofu", "own", "tdec", "muse", "lume", "rwku")
+SUITES = ("tofu", "own", "tdec", "muse", "lume", "rwku", "utility")
 REMEASURE = "Restore the file from a copy, or write it again with `loku evaluate`."
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from loku.data.prompts import ChatTemplate, Template, render_chat
 from loku.data.sources import SUFFIXES, Rows, load_rows
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Progress
 from loku.evaluation.metrics import exact_match, rouge
-from loku.evaluation.probing import continue_texts, example_text, plain_set
+from loku.evaluation.probing import Probe, ask, example_text, plain_set
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import Results
 
+HUB = "jinzhuoran/RWKU"
 PROBES = ("forget_level1", "forget_level2", "forget_level3", "neighbor_level1", "neighbor_level2")
 COLUMNS = ("level", "type", "query", "answer")
 NEW_TOKENS = 30
@@ -29,19 +32,19 @@ METRICS = ("rougeL_recall", "exact_match", "refusal_rate")
 
 
 def load_rwku(data_dir: str | Path | None = None) -> dict[str, Rows]:
-    """Return the probes found under `<data_dir>/rwku` (by default under $LOKU_DATA_DIR).
+    """Return the probes under `<data_dir>/rwku` (by default under $LOKU_DATA_DIR), or all of them from the hub.
 
-    Raises InputError when there is none.
+    Raises InputError when a folder `rwku` is there but holds none, and when the hub cannot be reached.
     """
     base = data_dir or os.environ.get("LOKU_DATA_DIR")
-    folder = Path(base or ".") / "rwku"
+    folder = None if base is None else Path(base) / "rwku"
+    if folder is None or not folder.is_dir():
+        return {name: load_rows(f"{HUB}/{name}:test", COLUMNS, option="--suite rwku") for name in PROBES}
     files = {name: [folder / f"{name}{suffix}" for suffix in SUFFIXES] for name in PROBES}
     paths = {name: next((path for path in found if path.is_file()), None) for name, found in files.items()}
-    if base is None or not any(paths.values()):
+    if not any(paths.values()):
         raise InputError(
-            "No probes of RWKU were found: suite rwku reads local files."
-            if base is None
-            else f"The folder '{folder}' holds no probes of RWKU.",
+            f"The folder '{folder}' holds no probes of RWKU.",
             f"Give --data-dir a folder with rwku/{PROBES[0]}.jsonl and the like.",
         )
     return {name: load_rows(path, COLUMNS, option="--data-dir") for name, path in paths.items() if path is not None}
@@ -70,6 +73,7 @@ def evaluate_rwku(
     keep_text: bool = False,
     identity: Identity | None = None,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Ask RWKU's probes: greedy answers of at most 30 tokens, up to the end of the first line.
 
@@ -82,37 +86,30 @@ def evaluate_rwku(
     """
     started, identity = time.monotonic(), identity or Identity()
     chosen = {name: list(found.rows[:max_rows]) for name, found in data.items()}
-    total, done = sum(map(len, chosen.values())), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total, "generating")
-
-    sets, texts, attacks = {}, [], {}
     chat = isinstance(template, ChatTemplate)
-    for name, rows in chosen.items():
-        prompts = [_prompt(tokenizer, template, row) for row in rows]
-        said = continue_texts(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            special=not chat,
-            batch_rows=batch_rows,
-            progress=advance,
-        )
-        said = [text.split("\n")[0] for text in said]
-        numbers = [
-            {
-                "index": index,
-                "rougeL_recall": rouge(text, row["answer"], stemmer=False).recall,
-                "exact_match": exact_match(text, [row["answer"]]),
-                "refusal_rate": is_refusal(text),
-            }
-            for index, (row, text) in enumerate(zip(rows, said, strict=True))
+    probes = {
+        name: [
+            Probe(_prompt(tokenizer, template, row), partial(_value, row), row["answer"], max_new_tokens)
+            for row in rows
         ]
+        for name, rows in chosen.items()
+    }
+    answers = ask(
+        model,
+        tokenizer,
+        probes,
+        METRICS,
+        keep_text=keep_text,
+        special=not chat,
+        batch_rows=batch_rows,
+        progress=progress,
+        cache=cache,
+    )
+    sets, texts, attacks = {}, [], {}
+    for name, rows in chosen.items():
+        numbers, said = answers[name]
+        numbers = [{"index": index} | value for index, value in enumerate(numbers)]
+        said = [first_line(text) for text in said]
         sets[name] = plain_set(numbers, METRICS, identity.seed)
         if name == "forget_level3":
             attacks = attack_means([row["type"] for row in rows], [row["rougeL_recall"] for row in numbers])
@@ -131,6 +128,17 @@ def evaluate_rwku(
         summary={name: found.metrics["rougeL_recall"].mean for name, found in sets.items()} | attacks,
         texts=texts,
     )
+
+
+def first_line(text: str) -> str:
+    """Return an answer up to the end of its first line."""
+    return text.split("\n", maxsplit=1)[0]
+
+
+def _value(row: Mapping[str, Any], text: str) -> dict[str, float]:
+    said, answer = first_line(text), row["answer"]
+    values = rouge(said, answer, stemmer=False).recall, exact_match(said, [answer]), is_refusal(said)
+    return dict(zip(METRICS, values, strict=True))
 
 
 def attack_means(kinds: Sequence[str], scores: Sequence[float]) -> dict[str, float]:

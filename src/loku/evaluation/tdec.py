@@ -14,6 +14,7 @@ from loku.data.records import Record
 from loku.data.sources import RecordSet
 from loku.errors import InputError
 from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.cache import BatchCache
 from loku.evaluation.extraction import NGRAMS, below, measure_extraction
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Measured, Progress, set_results
@@ -40,6 +41,7 @@ def evaluate_tdec(
     target: Results | None = None,
     identity: Identity | None = None,
     progress: Progress | None = None,
+    cache: BatchCache | None = None,
 ) -> Results:
     """Measure EL_n and MA of target sequences and of unseen text, and perplexities.
 
@@ -67,7 +69,7 @@ def evaluate_tdec(
     lengths = [len(window.input_ids) for found in windows.values() for parts in found for window in parts]
     check_fits(model, tokenizer, max(lengths))
 
-    measured = _scored(model, tokenizer, rows, windows, batch_tokens)
+    measured = _scored(model, tokenizer, rows, windows, batch_tokens, cache)
     total = sum(map(len, rows.values()))
     done = 0
     for name, parts in windows.items():
@@ -79,6 +81,7 @@ def evaluate_tdec(
             ngrams=ngrams,
             batch_tokens=batch_tokens,
             batch_rows=batch_rows,
+            cache=cache,
         )
         for row, one in zip(measured[name], extracted, strict=True):
             row.more |= {"ma": one.ma} | {f"el_{n}": value for n, value in one.el.items()}
@@ -126,6 +129,7 @@ def _scored(
     rows: Mapping[str, Sequence[Record]],
     windows: Mapping[str, Sequence[Sequence[Example]]],
     batch_tokens: int,
+    cache: BatchCache | None = None,
 ) -> dict[str, list[Measured]]:
     """Score all windows of all sets in one pass."""
     measured = {name: [Measured(row, "", []) for row in found] for name, found in rows.items()}
@@ -133,6 +137,7 @@ def _scored(
     owners = [row for row, own in pairs for _ in own]
     examples = [window for _, own in pairs for window in own]
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    for row, found in zip(owners, score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens), strict=True):
+    scores = score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens, cache=cache)
+    for row, found in zip(owners, scores, strict=True):
         row.answer.append(found)
     return measured

@@ -48,11 +48,11 @@ def scores_from_hidden(
     Values and gradients are those of `scores_from_logits`, to rounding. Second derivatives are not available.
     """
     check_extras(need)
+    chosen = select(labels)
     if tile is None:
-        tile = default_tile(weight.shape[1], weight.dtype)
+        tile = default_tile(weight.shape[1], weight.dtype, weight.device.type, chosen.targets.numel())
     if tile < 1:
         raise InputError(f"tile={tile} is not a number of vocabulary columns.", "Give a whole number of at least 1.")
-    chosen = select(labels)
     vocab_size = weight.shape[0]
     if chosen.targets.numel() and not 0 <= int(chosen.targets.min()) <= int(chosen.targets.max()) < vocab_size:
         raise InputError(
@@ -77,14 +77,18 @@ def scores_from_hidden(
     )
 
 
-def default_tile(d: int, dtype: torch.dtype = torch.float32) -> int:
+def default_tile(d: int, dtype: torch.dtype = torch.float32, device: str = "cpu", tokens: int = 0) -> int:
     """Return the columns per tile for hidden size d and a type of weights: the fastest, or the leaner of equals.
 
     On CPU a tile of W should still be in the cache for the second product; below 512 columns the products themselves
-    slow down. A half-precision tile is widened into a buffer of its own, which is kept to 4 MB. Measured by
-    benchmarks/head.py, not on a GPU.
+    slow down. A half-precision tile is widened into a buffer of its own, which is kept to 4 MB. On a GPU every tile
+    costs the start of some fifteen kernels, half a millisecond, whatever its size: there the buffers take what 256 MiB
+    hold for that many supervised `tokens`. Measured by benchmarks/head.py.
     """
-    most, least = (512, 256) if dtype in (torch.bfloat16, torch.float16) else (2048, 512)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device != "cpu":
+        return max(2**26 // max(tokens, d if half else 1), 4096)
+    most, least = (512, 256) if half else (2048, 512)
     return min(max(2**20 // d, least), most)
 
 

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 1
 # The three models that a report sets side by side, in the order in which they are shown.
 ROLES = {"target": "Target", "unlearned": "Unlearned", "retain_only": "Retain-only"}
 RESULT_FILES = {"target": "results.target.json", "unlearned": "results.json", "retain_only": "results.retain_only.json"}
+ATTACKS = "attacks.json"
 EXAMPLE_FILES = {
     "target": "examples.target.jsonl",
     "unlearned": "examples.jsonl",
@@ -36,6 +37,9 @@ class RunFolder:
     examples: dict[str, list[dict[str, Any]]]
     hashes: dict[str, str]
     problems: list[str] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)  # what was measured while training
+    attacks: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None  # record.json, where the run has one
 
     @property
     def name(self) -> str:
@@ -86,7 +90,7 @@ def read_folder(path: str | Path) -> RunFolder:
     results = {role: _read_object(path / name) for role, name in RESULT_FILES.items()}
     examples = {role: _read_lines(path / name, problems) for role, name in EXAMPLE_FILES.items()}
     config = path / "config.yaml"
-    hashed = [*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl"]
+    hashed = [*RESULT_FILES.values(), "run.json", "config.yaml", "metrics.jsonl", "curve.jsonl", ATTACKS]
     return RunFolder(
         path=path,
         run=run,
@@ -96,6 +100,9 @@ def read_folder(path: str | Path) -> RunFolder:
         examples={role: rows for role, rows in examples.items() if rows},
         hashes={name: sha256_file(path / name) for name in sorted(hashed) if (path / name).is_file()},
         problems=problems,
+        watched=_read_lines(path / "curve.jsonl", problems),
+        attacks=_read_object(path / ATTACKS),
+        record=_read_object(path / "record.json"),
     )
 
 
@@ -140,7 +147,9 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _restore(path: Path) -> str:
-    verb = "loku unlearn" if path.name in ("run.json", "metrics.jsonl") else "loku evaluate"
+    written = dict.fromkeys(("run.json", "metrics.jsonl", "curve.jsonl"), "loku unlearn")
+    written |= {ATTACKS: "loku attack", "record.json": "loku record"}
+    verb = written.get(path.name, "loku evaluate")
     return f"Restore the file from a copy, or write it again with `{verb}`."
 
 

@@ -13,7 +13,7 @@ from loku.errors import InputError
 from loku.files import write_text
 from loku.report.artefacts import ROLES, at, number, section
 from loku.report.details import DATA_COUNTS
-from loku.report.figures import forget_quality_allowed, key_figures
+from loku.report.figures import beyond_note, beyond_retain_only, forget_quality_allowed, key_figures
 from loku.report.numerals import count, figure, percent
 from loku.report.words import release_note, verdict
 
@@ -43,12 +43,14 @@ def write_model_card(
     base_model: str,
     target: Mapping[str, Any] | None = None,
     retain_only: Mapping[str, Any] | None = None,
+    record: str | None = None,
 ) -> Path:
     """Write README.md into the folder of an adapter ("adapter"), a merged model or a fully tuned one ("model").
 
     `run` is run.json's content; `results`, `target` and `retain_only` are results files of the unlearned model, the
     model before, and the retain-only reference. A `base_model` that is a local path stays out of the metadata, which
-    the hub checks, and only its last part is named. Raises InputError for an unknown kind.
+    the hub checks, and only its last part is named. `record` is where the unlearning record lies, seen from the card.
+    Raises InputError for an unknown kind.
     """
     if kind not in KINDS:
         raise InputError(f"There is no model card of kind '{kind}'.", f"Give one of: {', '.join(KINDS)}.")
@@ -61,6 +63,7 @@ def write_model_card(
         _forgotten(run),
         _method(run),
         _figures(measured),
+        _record(record, kind),
         _loading(kind, base_model),
         _limits(run, measured, kind),
         f"## Citation\n\nThe method is LoKU:\n\n{CITATION}",
@@ -100,7 +103,7 @@ def _plain(value: object) -> str:
 
 def _opening(run: Mapping[str, Any], kind: str, base: str) -> str:
     forget = at(run, "data", "forget", "name")
-    title = f"# {_plain(base)}, with {_plain(_data_name(forget)) if forget else 'chosen knowledge'} unlearned"
+    title = f"# {_plain(base)}, with {_plain(public_source(forget)) if forget else 'chosen knowledge'} unlearned"
     note = release_note({"method": {"tune": "full"}} if kind == "model" else run)
     if kind == "merged":
         note = (
@@ -113,10 +116,11 @@ def _opening(run: Mapping[str, Any], kind: str, base: str) -> str:
     )
 
 
-def _data_name(name: object) -> str:
-    """Return a data set's name; of an absolute path only the last part, folders are nobody's business."""
+def public_source(name: object) -> str:
+    """Return a data set's name; of a path only the last part, folders are nobody's business."""
     text = str(name)
-    return re.split(r"[/\\]", text)[-1] if text.startswith(("/", "\\", "~", ".")) or ":\\" in text else text
+    is_path = text.startswith(("/", "\\", "~", ".")) or ":\\" in text or re.search(r"\.\w{2,7}(\[[\d:]+\])?$", text)
+    return re.split(r"[/\\]", text)[-1] if is_path else text
 
 
 def _forgotten(run: Mapping[str, Any]) -> str:
@@ -130,7 +134,7 @@ def _forgotten(run: Mapping[str, Any]) -> str:
     ]
     for name, entry in data.items():
         cells = [count(number(entry.get(column))) for column in columns]
-        lines.append(f"| {_plain(name)} | {_plain(_data_name(entry.get('name', '')))} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | {_plain(public_source(entry.get('name', '')))} | " + " | ".join(cells) + " |")
     return "## What was unlearned\n\nThe texts themselves are not part of this card.\n\n" + "\n".join(lines)
 
 
@@ -178,12 +182,26 @@ def _figures(measured: Mapping[str, Mapping[str, Any]]) -> str:
             cells = [_cell(row.values[role]) if role in row.values else figure(None) for role in roles]
             table.append(f"| {_plain(group.title)} | {_plain(row.label)} | " + " | ".join(cells) + " |")
     lines.append("\n".join(table))
+    beyond = beyond_retain_only(measured)
+    if beyond:
+        lines.append(beyond_note(beyond))
     if (
         forget_quality_allowed(measured["unlearned"])
         and at(measured["unlearned"], "summary", "forget_quality") is not None
     ):
         lines.append("Forget quality is to be read with utility and fluency only: a broken model can score high.")
     return "## Measured figures\n\n" + "\n\n".join(lines)
+
+
+def _record(record: str | None, kind: str) -> str:
+    if record is None:
+        return ""
+    of = "" if kind == "model" else " It is of the adapter as it was trained."
+    return (
+        f"## Unlearning record\n\n[`record.json`]({record}) says what was asked, done and found, with hashes of rows, "
+        f"weights and results, and which attacks were survived.{of} Check it with `loku verify record.json`. It is "
+        "empirical evidence, not a guarantee of deletion."
+    )
 
 
 def _cell(value: Any) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import yaml
-
 from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.figures import (
     METRICS,
+    NO_VIRTUE,
+    beyond_retain_only,
     forget_quality_allowed,
     metric_info,
     set_names,
@@ -22,12 +22,12 @@ from loku.report.figures import (
 )
 from loku.report.numerals import count, duration, figure, memory, percent
 from loku.report.scatter import Point, scatter
-from loku.report.words import Verdict, release_note, verdict
+from loku.report.seeds import paired_rows, seed_groups, settings_of, spread_text
+from loku.report.words import release_note, verdict
 
 # (set, metric) of the table's columns; those that no run has are left out.
 FORGET = ("probability", "rougeL_recall", "exact_match", "truth_ratio", "extraction_strength")
 KEEP = ("probability", "rougeL_recall", "exact_match", "perplexity")
-HIDDEN_SETTINGS = ("output", "output_dir", "resume")  # differ between all runs and say nothing about the method
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     role: str
     folder: str
     cells: list[str]
-    verdict: Verdict | None
+    seeds: int = 0  # how many it stands for, where it is more than one
 
 
 def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -48,23 +48,18 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
     models: list[tuple[str, str, str, Mapping[str, Any]]] = []
     if references["target"]:
         models.append(("Target", "target", "", references["target"]))
-    models += [
+    singles = [
         (label, "unlearned", run.name, run.results.get("unlearned", {}))
         for label, run in zip(labels, runs, strict=True)
     ]
+    models += singles
     if references["retain_only"]:
         models.append(("Retain-only", "retain_only", "", references["retain_only"]))
     columns = _columns([result for *_, result in models])
-    rows = [
-        Row(
-            label=label,
-            role=role,
-            folder=folder,
-            cells=[_cell(result, *column[1:]) for column in columns],
-            verdict=verdict(result) if role == "unlearned" else None,
-        )
-        for label, role, folder, result in models
-    ]
+    rows = [_row([model], columns) for model in models if model[1] != "unlearned"]
+    groups = [_row([singles[place] for place in places], columns) for places in seed_groups(runs)]
+    start = 1 if references["target"] else 0
+    rows[start:start] = groups
     forget = at(runs[0].run, "data", "forget", "name")
     return {
         "title": f"{len(runs)} runs compared" + (f": unlearning {forget}" if forget else ""),
@@ -72,6 +67,14 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "columns": [_column_label(*column[1:]) for column in columns],
         "starts": [i == 0 or columns[i][0] != columns[i - 1][0] for i in range(len(columns))],
         "rows": rows,
+        "beyond": [
+            (label, ", ".join(less))
+            for label, run in zip(labels, runs, strict=True)
+            if (less := beyond_retain_only({**run.results, "retain_only": references["retain_only"] or {}}))
+        ],
+        "no_virtue": NO_VIRTUE,
+        "verdicts": [(label, found) for label, *_, result in singles if (found := verdict(result))],
+        "paired": paired_rows(runs),
         "scatter": scatter_chart(models),
         "truth": truth_multiples(runs, labels, references),
         "cost_head": ["Time", "of it training", "of it importance", "Peak memory", "Steps", "Trainable"],
@@ -81,6 +84,23 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "warnings": _warnings(runs, labels),
         "release_note": release_note(runs[0].run),
     }
+
+
+Model = tuple[str, str, str, Mapping[str, Any]]
+
+
+def _row(models: Sequence[Model], columns: Sequence[tuple[str, str, str]]) -> Row:
+    """Return the table's row of one model, or of the runs that differ in their seed alone."""
+    label, role, folder, result = models[0]
+    if len(models) == 1:
+        return Row(label, role, folder, [_cell(result, *column[1:]) for column in columns])
+    cells = []
+    for _, name, metric in columns:
+        hidden = metric == "forget_quality" and not all(forget_quality_allowed(found) for *_, found in models)
+        values = [None if hidden else _mean(found, name, metric) for *_, found in models]
+        cells.append(spread_text(values, logarithm=metric == "forget_quality"))
+    method = label.removesuffix(f" ({folder})")
+    return Row(f"{method}, {len(models)} seeds", role, folder, cells, len(models))
 
 
 def run_labels(runs: Sequence[RunFolder]) -> list[str]:
@@ -196,22 +216,10 @@ def _costs(run: Mapping[str, Any] | None) -> list[str]:
 
 def setting_differences(runs: Sequence[RunFolder]) -> list[tuple[str, list[str]]]:
     """Return the settings in which the runs differ, with each run's value."""
-    settings = []
-    for run in runs:
-        try:
-            value = yaml.safe_load(run.config or "")
-        except yaml.YAMLError:
-            value = None
-        settings.append(_flat(value))
+    settings = [settings_of(run) for run in runs]
     names = list(dict.fromkeys(name for setting in settings for name in setting))
-    rows = [(name, [setting.get(name, _NONE) for setting in settings]) for name in names if name not in HIDDEN_SETTINGS]
+    rows = [(name, [setting.get(name, _NONE) for setting in settings]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        return {prefix.rstrip("."): str(value)} if prefix else {}
-    return {name: text for key, inner in value.items() for name, text in _flat(inner, f"{prefix}{key}.").items()}
 
 
 def _warnings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from loku.report.artefacts import ROLES, RunFolder, at, number, section
 from loku.report.numerals import count, duration, memory, percent
 
-PHASES = ("importance", "activations", "initialisation", "training", "evaluation")
+PHASES = ("importance", "activations", "initialisation", "training", "watching", "evaluation")
 
 DATA_COUNTS = {
     "rows": "Rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ class Metric:
 METRICS = {
     "probability": Metric("Answer probability", "how likely the model finds the right answer, per token"),
     "rougeL_recall": Metric("ROUGE-L recall", "share of the right answer's words in what it generates"),
+    "rougeL_f1": Metric("ROUGE-L F1", "the same words, counted against the length of both"),
     "exact_match": Metric("Exact match", "share of generated answers that are word for word right"),
     "truth_ratio": Metric("Truth ratio", "wrong answers against the right one; to be compared with the other columns"),
     "truth_ratio_arithmetic": Metric("Truth ratio, arithmetic", "the same with an arithmetic mean of wrong answers"),
@@ -53,6 +54,7 @@ SETS = {
 # The rows of the main table; every other figure stands in the full table.
 MAIN = ("probability", "rougeL_recall", "exact_match", "truth_ratio", "exact_memorisation", "extraction_strength")
 SMALL_GAP = 0.02
+CLEAR_GAP = 0.05  # the verdict's: smaller differences from the retain-only model count as none
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,36 @@ def read_forgetting(values: Mapping[str, Value]) -> tuple[str, str]:
     return _arrow(target, unlearned), _distance(target, unlearned, aim)
 
 
+LESS_IS_FORGOTTEN = ("probability", "rougeL_recall", "exact_match", "exact_memorisation", "extraction_strength")
+
+
+def beyond_retain_only(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the forget figures by which the unlearned model knows less than the retain-only one, each with both.
+
+    Less means what it means in the verdict: intervals apart, and the means by more than a trifle.
+    """
+    found = []
+    for metric in LESS_IS_FORGOTTEN:
+        ours, aim = (value_of(results.get(role), "forget", metric) for role in ("unlearned", "retain_only"))
+        if ours is None or aim is None or aim.mean - ours.mean <= CLEAR_GAP:
+            continue
+        if ours.high is None or aim.low is None or ours.high < aim.low:
+            label = METRICS[metric].label
+            name = label if label.startswith("ROUGE") else label.lower()
+            found.append(f"{name} {figure(ours.mean, 2)} (retain-only {figure(aim.mean, 2)})")
+    return found
+
+
+NO_VIRTUE = (
+    "A model that never saw the forget set still guesses some of it; knowing less betrays the removal, or is damage."
+)
+
+
+def beyond_note(found: Sequence[str]) -> str:
+    """Return the sentences about figures beyond the retain-only model's."""
+    return f"Better than retain-only is no virtue here: {', '.join(found)}. {NO_VIRTUE}"
+
+
 def _distance(target: Value | None, unlearned: Value, aim: Value | None) -> str:
     if aim is None:
         return "The retain-only level was not measured."
@@ -174,7 +206,7 @@ def _distance(target: Value | None, unlearned: Value, aim: Value | None) -> str:
         elif way < 0.05:
             text = "Hardly moved."
         elif way > 1:
-            text = f"Past the retain-only level by {away}."
+            text = f"Past the retain-only level by {away}, which is no virtue."
         else:
             text = f"{percent(way)} of the way to the retain-only level."
     return text

@@ -13,12 +13,15 @@ from markupsafe import Markup, escape
 from loku.files import check_output_file, write_text
 from loku.report import charts
 from loku.report.artefacts import ROLES, RunFolder, at, read_folders, section
+from loku.report.attacks import attack_section
 from loku.report.compare import comparison
 from loku.report.details import costs, data_counts, importance_rows, layer_figures, provenance
 from loku.report.examples import example_sets
 from loku.report.figures import all_figures, glance, key_figures, metric_info
 from loku.report.numerals import count, duration, figure, memory, moment, percent
+from loku.report.recorded import recorded
 from loku.report.svg import strip
+from loku.report.watched import watched_charts, watched_notes
 from loku.report.words import explanation, missing_pieces, not_claimed, verdict
 
 # What the template asks of run.json's "method"; a field that is missing there is None.
@@ -105,12 +108,16 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "example_sets": texts,
         "truth": charts.truth_chart(results, "truth-chart", labels),
         "curves": curves,
+        "watched": watched_charts(folder.watched, run),
+        "watched_notes": watched_notes(run),
         "importance": charts.importance(layers, "importance-chart", mode == "activations") if layers else None,
         "importance_mode": mode,
         "initialiser": at(run, "initialisation", "initialiser") or at(run, "method", "initialiser"),
         "importance_rows": importance_rows(layers),
+        "attacks": attack_section(folder.attacks),
         "costs": costs(run),
         "data": data_counts(run, results),
         "config": folder.config,
         "provenance": provenance(folder),
+        "record": recorded(folder.record),
     }

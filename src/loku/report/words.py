@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from loku.report.artefacts import at, section
-from loku.report.figures import Value, forget_quality_allowed, summaries_of, value_of, values_of
+from loku.report.figures import (
+    Value,
+    beyond_note,
+    beyond_retain_only,
+    forget_quality_allowed,
+    summaries_of,
+    value_of,
+    values_of,
+)
 from loku.report.numerals import figure
 
 
@@ -70,6 +78,9 @@ def explanation(results: Mapping[str, Mapping[str, Any]], *, evaluated: str = "u
             "retain-only column; a figure far below it is a mark of damage, and itself betrays that something was "
             "removed."
         )
+    beyond = beyond_retain_only(results)
+    if beyond:
+        sentences.append(beyond_note(beyond))
     return sentences
 
 

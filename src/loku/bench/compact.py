@@ -1,0 +1,43 @@
+"""What is committed of a run: the figures that tables are made of, rounded; everything else stays in its own JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loku.bench.leaderboard import FIGURES
+from loku.bench.tuning import COMPARED
+
+DIGITS = 5  # significant ones: more than any interval has
+KEPT = (*FIGURES.values(), *COMPARED)
+
+
+def compact(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of a run or of a seed's models with fewer figures, and of the curve the forget set alone."""
+    found = dict(record)
+    if "models" in found and "arm" not in found:
+        found["models"] = {name: _model(model) for name, model in found["models"].items()}
+    if found.get("figures"):
+        found["figures"] = _figures(found["figures"])
+    if found.get("curve"):
+        found["curve"] = [{"step": row["step"], "forget": row["forget"]} for row in found["curve"]]
+    for name in ("settings", "data"):  # the recipe and the hashes say it
+        found.pop(name, None)
+    rounded: dict[str, Any] = _rounded(found)
+    return rounded
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {**model, "figures": _figures(model["figures"])}
+
+
+def _figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {**figures, "values": {name: value for name, value in figures["values"].items() if name in KEPT}}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
