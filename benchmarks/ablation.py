@@ -145,7 +145,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     for what, read, digits in (
         ("steps", steps, 0),
         ("utility", figure("model_utility"), 3),
-        ("retain", figure("retain.exact_match"), 2),
         ("rest", rest, 2),
     )
 }

@@ -129,7 +129,7 @@ def build_parser() -> Parser:
         elif cls is VerifyOptions:
             sub.add_argument("record", help=cls.fields()["record"].metadata["help"])
         elif cls is BenchOptions:
-            sub.add_argument("recipe", help="the benchmark's YAML file; see docs/bench.md")
+            sub.add_argument("recipe", nargs="?", help="the benchmark's YAML file; see docs/bench.md")
         elif cls is AttackOptions:
             sub.add_argument("run", nargs="?", default=argparse.SUPPRESS, help="run folder, or YAML file with options")
         else:

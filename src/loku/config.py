@@ -368,7 +368,11 @@ class BenchOptions(Options):
     workers: int = option(0, "processes, one thread each; 0: one a core", least=0)
     backend: str = option("local", "local: processes of this machine; ray: a Ray cluster", choices=("local", "ray"))
     ray_address: str | None = option(None, "with --backend ray: the cluster's address (default: a local Ray)")
-    dry_run: bool = option(False, "print what would be run and what it costs, and stop")
+    only: list[str] = several("names of the arms to run (default: all)")
+    time_limit: float | None = option(
+        None, "minutes after which no run begins; those begun go on to their end", above=0
+    )
+    dry_run: bool = option(False, "check the recipe, print what would be run and what it costs, and stop")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

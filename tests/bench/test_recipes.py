@@ -11,8 +11,9 @@ from transformers import AutoConfig
 from builders import ARCHITECTURES, byte_level_tokenizer, tiny_model
 from conftest import perturbed, rows
 from loku.bench.dry_run import dry_run
+from loku.bench.extending import merged, plain_text
 from loku.bench.models import build_models
-from loku.bench.recipe import load_recipe, merged
+from loku.bench.recipe import load_recipe, parse_recipe
 from loku.bench.store import Task, read_record
 from loku.bench.trial import run_trial
 from loku.config import UnlearnOptions, resolve
@@ -20,7 +21,7 @@ from loku.errors import InputError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FULL = sorted(path.stem for path in (RECIPES / "full").glob("*.yaml"))
-SMALL = sorted(path.stem for path in (RECIPES / "bench").glob("*.yaml"))
+SMALL = ["fiction", "mini-lume", "mini-tdec", "mini-tofu-10", "mini-tofu-50"]
 LIKE = {"olmo": "olmo2"}  # an architecture of the builders for one that they lack
 
 
@@ -164,6 +165,16 @@ def test_an_extending_recipe_is_merged_by_name():
     assert merged(base, {"a": {"y": None}}) == {"a": {"x": 1}, "b": [1, 2], "c": {"z": 3}}
     assert merged(base, {"a": {"replace": True, "w": 0}}) == {"a": {"w": 0}, "b": [1, 2], "c": {"z": 3}}
     assert merged(base, {"a": None}) == {"b": [1, 2], "c": {"z": 3}}
+
+
+def test_a_recipe_that_is_kept_stands_alone():
+    import yaml
+
+    for name in ("full/tofu-qwen3-0.6b-forget01", "bench/fiction"):
+        path = RECIPES / f"{name}.yaml"
+        text = plain_text(path)
+        assert ("extends:" in path.read_text()) == (text != path.read_text())
+        assert parse_recipe(yaml.safe_load(text), str(path)) == load_recipe(path)
 
 
 def test_recipes_that_extend_each_other_or_nothing_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench_builders import page as leaderboard
 from loku.report.html import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,14 +51,17 @@ def browse(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("kind", ["run", "recorded run", "comparison"])
+@pytest.mark.parametrize("kind", ["run", "recorded run", "comparison", "benchmark"])
 def test_nothing_sticks_out(
     make_run: Callable[..., Path], make_record: Callable[[Path], Path], tmp_path: Path, width: int, kind: str
 ) -> None:
-    runs = [make_run(method) for method in (("ga", "npo", "ihl", "loku") if kind == "comparison" else ("loku",))]
-    if kind == "recorded run":
-        make_record(runs[0])
-    report = write_report(runs, tmp_path / "report.html")
+    if kind == "benchmark":
+        report = leaderboard(tmp_path, 24)
+    else:
+        runs = [make_run(method) for method in (("ga", "npo", "ihl", "loku") if kind == "comparison" else ("loku",))]
+        if kind == "recorded run":
+            make_record(runs[0])
+        report = write_report(runs, tmp_path / "report.html")
     (tmp_path / "copy.html").write_text(report.read_text().replace("</body>", MEASURE))
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(page="copy.html", width=width))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import re
 import xml.etree.ElementTree as ET
 
@@ -8,7 +9,7 @@ from scipy.stats import ks_2samp
 
 from loku.report.charts import Chart, curve, curve_charts, importance, ks_gap, place_of, truth_ratios
 from loku.report.figures import Value
-from loku.report.scatter import Point, scatter
+from loku.report.scatter import Point, place_labels, scatter
 from loku.report.svg import VARIABLES, strip
 
 SAMPLES = {"target": [0.2, 0.5, 0.6], "unlearned": [0.3, 0.7, 0.9, 0.95], "retain_only": [0.6, 0.8, 1.0]}
@@ -92,11 +93,31 @@ def test_places(layer: str, block: int, projection: str) -> None:
 def test_scatter_names_every_model_and_keeps_labels_apart() -> None:
     points = [Point("a", 0.5, 0.3, "unlearned"), Point("b", 0.5, 0.31, "unlearned"), Point("Target", 0.7, 1, "target")]
     root = check(scatter(points, "scatter", "utility", "forget"), "scatter")
-    places = {}
-    for element in root.iter("{http://www.w3.org/2000/svg}text"):
-        places[element.text] = float(re.findall(r"[-\d.]+", element.get("transform") or "")[1])
-    assert abs(places["a"] - places["b"]) >= 12
-    assert "Target" in places
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a", "b", "Target"} <= set(texts)
+
+
+def test_labels_cover_neither_points_nor_each_other_and_stay_inside() -> None:
+    draw = random.Random(0)
+    places = [(draw.gauss(250, 12), draw.gauss(220, 8)) for _ in range(20)] + [(310.0, 10.0), (5.0, 250.0)]
+    labels = [str(i + 1) for i in range(20)] + ["Target", "retain-only"]
+    found = place_labels(places, labels, 320, 260)
+    boxes = []
+    for (x, y), (dx, dy), label in zip(places, found, labels, strict=True):
+        long = 6 * len(label)
+        left = x + dx - long if dx < 0 else x + dx
+        boxes.append((left, left + long, y + dy - 6, y + dy + 6))
+        assert left >= 0
+        assert left + long <= 330
+        assert not any(left < px < left + long and abs(py - y - dy) < 6 for px, py in places)
+    for i, one in enumerate(boxes):
+        for two in boxes[:i]:
+            apart = one[0] >= two[1] or two[0] >= one[1] or one[2] >= two[3] or two[2] >= one[3]
+            assert apart
+    assert place_labels([(10, 10)], ["a"], 320, 260) == [(9.0, 0.0)]
+    assert place_labels([(318, 10)], ["Target"], 320, 260) == [(-9.0, pytest.approx(0.0))]
+    crowd = place_labels([(10.0, 10.0)] * 300, ["a long label"] * 300, 100, 60)
+    assert crowd[-1] == (9.0, 0.0)  # no place is left: beside its point
 
 
 def test_strip() -> None:

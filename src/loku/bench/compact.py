@@ -9,6 +9,7 @@ from loku.bench.leaderboard import FIGURES
 from loku.bench.tuning import COMPARED
 
 DIGITS = 5  # significant ones: more than any interval has
+CURVE = ("probability", "exact_memorisation", "ma", "el_10")  # of the forget set, by step
 KEPT = (*FIGURES.values(), *COMPARED)
 
 
@@ -20,7 +21,10 @@ def compact(record: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("figures"):
         found["figures"] = _figures(found["figures"])
     if found.get("curve"):
-        found["curve"] = [{"step": row["step"], "forget": row["forget"]} for row in found["curve"]]
+        found["curve"] = [
+            {"step": row["step"]} | {name: row["forget"][name] for name in CURVE if name in row["forget"]}
+            for row in found["curve"]
+        ]
     for name in ("settings", "data"):  # the recipe and the hashes say it
         found.pop(name, None)
     rounded: dict[str, Any] = _rounded(found)

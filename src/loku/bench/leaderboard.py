@@ -44,7 +44,7 @@ FIGURES = {
 NOTE = (
     "Mean ± standard deviation over seeds {seeds}. The aim in every column is the retain-only row, not zero: a figure "
     "beyond it is no virtue. `distance` is the mean absolute difference from the retain-only model of the same seed, "
-    "over the figures that lie between 0 and 1."
+    "over the figures that lie between 0 and 1; it is 1 for a run that diverged, which has no other figures."
 )
 
 
@@ -113,7 +113,8 @@ def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: M
         for column, value in _relearned(record.get("relearning")).items():
             add(column, value)
         if role == "unlearned":
-            add("steps", steps_taken(record))
+            if not record.get("error"):
+                add("steps", steps_taken(record))
             add("seconds", record["seconds"].get("all"))
             add("peak MB", record["peak_memory_bytes"] / 1e6)
     return Row(label, role, values, sum(bool(record.get("error")) for _, record in records))
@@ -125,7 +126,7 @@ def _relearned(curve: Mapping[str, Any] | None) -> dict[str, float]:
         return {}
     found = {}
     for column, metric in (("relearned rest, acc.", "exact_match"), ("relearned rest, prob.", "probability")):
-        values = curve["means"]["rest"].get(metric)
+        values = curve.get("means", {}).get("rest", {}).get(metric)
         if values:
             found[column] = float(values[-1])
     return found
@@ -154,7 +155,7 @@ def write_leaderboard(
     rows = leaderboard_rows(models, runs, [arm.name for arm in recipe.arms])
     note = NOTE.format(seeds=", ".join(map(str, recipe.seeds)))
     text = [f"# {recipe.title}", "", note, "", markdown(rows)]
-    tuned = [f"- {name}: {choice['point']}" for name, choice in choices.items() if choice["scores"]]
+    tuned = [f"- {name}: {_point(choice['point'])}" for name, choice in choices.items() if choice["scores"]]
     if tuned:
         text += ["", f"Chosen on seeds {', '.join(map(str, recipe.tuning.seeds))} (rule: {recipe.tuning.choose}):", ""]
         text += tuned
@@ -162,3 +163,7 @@ def write_leaderboard(
     from loku.report.bench import write_bench_page
 
     return write_bench_page(recipe.title, note, rows, columns_of(rows), choices, root / "leaderboard.html")
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in point.items())

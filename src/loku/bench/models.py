@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of, value_of
 from loku.bench.recipe import CORPUS, MEASURED, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
@@ -17,14 +20,20 @@ from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
 from loku.evaluation.own import evaluate_own
+from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, write_results
 from loku.files import read_json, write_json
 from loku.finetune import finetune
 from loku.models import load_model, load_tokenizer, weights_sha256
-from loku.runs import hardware, peak_memory_bytes, versions
+from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
 
 SETS = ("forget", "retain", "general", "holdout")
 NOISE_SEED = 7919  # what is added to a seed for a further retain-only model
+
+
+def noise_name(number: int) -> str:
+    """Return the name of a further retain-only model."""
+    return f"{RETAIN_ONLY}-{number + 2}"
 
 
 def located(name: str, recipe: Recipe, folder: Path) -> str:
@@ -33,6 +42,11 @@ def located(name: str, recipe: Recipe, folder: Path) -> str:
         stage = recipe.stages[name]
         return str(folder / name) if "data" in stage else located(str(stage["model"]), recipe, folder)
     return str(folder / name) if recipe.corpus is not None and name.startswith(f"{CORPUS}/") else name
+
+
+def recipe_name(path: str, folder: Path) -> str:
+    """Return what the recipe calls a file: the inverse of `located`, so that results name no machine's folders."""
+    return path.removeprefix(f"{folder}/")
 
 
 def build_models(task: Task) -> None:
@@ -46,13 +60,15 @@ def build_models(task: Task) -> None:
             seconds[name] = _train(name, recipe, folder, task.seed)
     options = shared_options(recipe, folder, task.seed)
     record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "seed": task.seed, "models": {}}
+    record["data"] = {name: found.sha256 for name, found in measured_rows(recipe, options, folder).items()}
+    record["trained_on"] = {name: _trained_on(folder / name) for name in seconds}
     for name in (TARGET, RETAIN_ONLY):
         if name in recipe.stages:
             record["models"][name] = _baseline(name, recipe, folder, options)
             if name == TARGET:
                 check_memorised(recipe, record["models"][name]["figures"], task.seed)
     for i in range(recipe.noise_floor):
-        name, seed = f"{RETAIN_ONLY}-{i + 2}", task.seed + (i + 1) * NOISE_SEED
+        name, seed = noise_name(i), task.seed + (i + 1) * NOISE_SEED
         seconds[name] = _train(RETAIN_ONLY, recipe, folder, seed, output=name)
         record["models"][name] = _baseline(name, recipe, folder, options, scored=True)
     seconds["all"] = round(time.monotonic() - start, 2)
@@ -89,6 +105,16 @@ def measured_sources(recipe: Recipe, options: UnlearnOptions, folder: Path) -> d
     given = {name: getattr(options, name) for name in SETS}
     given |= {name: located(recipe.measure[name], recipe, folder) for name in MEASURED if name in recipe.measure}
     return {name: source for name, source in given.items() if source and source != "self"}
+
+
+def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None) -> AssessmentRows:
+    """Return what a run's measurements while training look at; `retain_only` is a model's name or results file."""
+    retain, general, holdout = (rows.get(name) for name in ("retain", "general", "holdout"))
+    measured = retain_only if retain_only and retain_only.endswith(".json") else None
+    return AssessmentRows(
+        retain=retain, general=general, holdout=holdout, retain_only_model=None if measured else retain_only,
+        reference=load_reference(measured) if measured else None,
+    )  # fmt: skip
 
 
 def results_file(folder: Path, name: str) -> Path:
@@ -137,8 +163,24 @@ def _train(name: str, recipe: Recipe, folder: Path, seed: int, *, output: str | 
         if isinstance(stage.get(key), str):
             stage[key] = located(stage[key], recipe, folder)
     settings = {"save_steps": -1} | stage | {"output": str(folder / (output or name)), "seed": seed, "threads": 1}
-    finetune(resolve(FinetuneOptions, settings, {}, where=f"stage {name}"))
+    options = resolve(FinetuneOptions, settings, {}, where=f"stage {name}")
+    reopened(folder / (output or name), options.as_dict())
+    finetune(options)
     return float(read_json(folder / (output or name) / "run.json")["seconds"]["training"])
+
+
+def reopened(path: Path, config: dict[str, Any]) -> RunFolder:
+    """Return a run folder to go on in. One that a killed run left without settings, or with others, is made anew."""
+    try:
+        return RunFolder.check(path, config)
+    except InputError:
+        shutil.rmtree(path)
+        return RunFolder.check(path, config)
+
+
+def _trained_on(folder: Path) -> str:
+    """Return the hash of the rows that a stage was trained on."""
+    return str(read_json(folder / "run.json")["data"]["train"]["sha256"])
 
 
 def _baseline(

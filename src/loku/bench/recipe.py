@@ -37,13 +37,15 @@ A recipe may begin with `extends: other.yaml`: it is that one, with its own entr
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loku.bench.extending import read_yaml
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.errors import InputError, suggestion
 from loku.files import sha256_json
@@ -55,7 +57,10 @@ EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
 RULES = ("closest", "level")
 MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
 MEASURING = ("own", "tofu", "tdec", "muse", "lume")
-RELEARN = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
+RELEARN: dict[str, Any] = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
+# What all models of a benchmark are measured by: the same for all arms, or their figures could not be compared.
+SHARED = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "prompt_template", "dtype")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SET_BY_THE_BENCH = ("output", "seed", "threads", "model", "retain_only_model", "evaluate", "keep_text")
 
 
@@ -113,8 +118,15 @@ class Recipe:
         """Return the arm at which this one is tuned: itself, or its sibling at the values of `tuning.at`."""
         if not self.tuning.at or not all(name in arm.options for name in self.tuning.at):
             return arm
+        return next(self._siblings(arm), arm)
+
+    def has_sibling(self, arm: Arm) -> bool:
+        """Return whether some arm has this one's options with the values of `tuning.at`."""
+        return next(self._siblings(arm), None) is not None
+
+    def _siblings(self, arm: Arm) -> Iterator[Arm]:
         wanted = {**arm.options, **self.tuning.at}
-        return next((other for other in self.arms if dict(other.options) == wanted), arm)
+        return (other for other in self.arms if dict(other.options) == wanted)
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """Return the grid points that differ for an arm; one when it fixes everything that is tuned."""
@@ -131,47 +143,14 @@ class Recipe:
         return sha256_json((self.corpus, self.stages, self.measure, self.relearn, self._measured()))[:10]
 
     def _measured(self) -> dict[str, Any]:
-        names = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "dtype", "device")
-        return {name: self.unlearn[name] for name in names if name in self.unlearn}
+        return {name: self.unlearn[name] for name in (*SHARED, "device") if name in self.unlearn}
 
 
 def load_recipe(path: str | Path | None) -> Recipe:
     """Read and check a benchmark's recipe. Raises InputError that names the part that cannot be used."""
     if not path:
         raise InputError("The recipe is missing.", "Give a YAML file: loku bench recipes/bench/fiction.yaml.")
-    return parse_recipe(_read(Path(path)), str(path))
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
-    """Read a YAML file, and the one that it extends."""
-    import yaml
-
-    file = path
-    if not file.is_file():
-        raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a benchmark's YAML file.")
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The recipe '{path}' is not YAML: {error}", "See docs/bench.md for one that is.") from error
-    if isinstance(value, Mapping) and "extends" in value:
-        base = file.parent / str(value["extends"])
-        if base.resolve() in (*seen, file.resolve()):
-            raise InputError(f"The recipe '{path}' extends itself.", "Let the last of a chain stand on its own.")
-        value = merged(_read(base, (*seen, file.resolve())), {k: v for k, v in value.items() if k != "extends"})
-    return value
-
-
-def merged(base: Any, changes: Any) -> Any:
-    """Return what a recipe that `extends` another stands for: mappings merged name by name, all else replaced.
-
-    A name that is given nothing (`data:`) is taken out, and a mapping that says `replace: true` is not merged.
-    """
-    if isinstance(changes, Mapping) and changes.get("replace") is True:
-        return {name: value for name, value in changes.items() if name != "replace"}
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    kept = {name: value for name, value in base.items() if changes.get(name, ...) is not None}
-    return kept | {name: merged(base.get(name), value) for name, value in changes.items() if value is not None}
+    return parse_recipe(read_yaml(Path(path)), str(path))
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -192,14 +171,19 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         stages=stages,
         unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
         measure=_measure(parts.get("measure", {}), f"{where}, measure"),
-        relearn=None if relearn is None else RELEARN | _mapping(relearn, f"{where}, relearn", tuple(RELEARN)),
+        relearn=None if relearn is None else _relearn(_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
         arms=_arms(parts["arms"], where),
         tuning=_tuning(parts.get("tuning"), where),
         seeds=_seeds(parts["seeds"], f"{where}, seeds"),
         noise_floor=_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
-        seconds=_mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")),
+        seconds={
+            kind: _number(value, f"{where}, seconds: {kind}")
+            for kind, value in _mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")).items()
+        },
         config=_config(parts.get("config"), where),
     )
+    if not NAME.fullmatch(recipe.name):
+        raise InputError(f"{where} has the name '{recipe.name}'.", "Give letters, digits, dots and hyphens: a folder.")
     _check_stages(recipe, where)
     _check_arms(recipe, where)
     return recipe
@@ -269,6 +253,29 @@ def _count(value: Any, where: str) -> int:
     return value
 
 
+def _number(value: Any, where: str, most: float = math.inf) -> float:
+    try:  # YAML reads 5e-4 as text
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < most:
+        raise InputError(
+            f"{where} is {value!r}.", f"Give a number above 0{'' if most == math.inf else ' and below 1'}."
+        )
+    return number
+
+
+def _relearn(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of the relearning attack, those that were not given by their defaults."""
+    found = RELEARN | dict(given)
+    for name in ("steps", "every"):
+        if type(found[name]) is not int or found[name] < 1:
+            raise InputError(f"{where}, relearn: {name} is {found[name]!r}.", "Give a whole number, 1 or more.")
+    found["learning_rate"] = _number(found["learning_rate"], f"{where}, relearn: learning_rate")
+    found["share"] = _number(found["share"], f"{where}, relearn: share", most=1.0)
+    return found
+
+
 def _arms(value: Any, where: str) -> tuple[Arm, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}, arms is no list.", "Give at least one arm: {name: LoKU, method: loku}.")
@@ -330,26 +337,53 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         known.append(name)
     if recipe.noise_floor and "data" not in recipe.stages.get(RETAIN_ONLY, {}):
         raise InputError(f"{where} has a noise_floor, but trains no stage '{RETAIN_ONLY}'.", "Leave noise_floor out.")
+    if len(recipe.tuning.points) > 1 and recipe.tuning.choose == "closest" and RETAIN_ONLY not in recipe.stages:
+        raise InputError(
+            f"{where} tunes for the point closest to the retain-only model, but has no stage '{RETAIN_ONLY}'.",
+            "Add that stage, or tune by choose: level.",
+        )
     overlap = sorted(set(recipe.seeds) & set(recipe.tuning.seeds))
     if overlap:
         raise InputError(f"{where} tunes on seeds that it reports ({overlap}).", "Tune on other seeds.")
 
 
 def _check_arms(recipe: Recipe, where: str) -> None:
+    if not recipe.unlearn.get("forget"):
+        raise InputError(f"{where} has no forget set.", "Give unlearn: {forget: ...}.")
     for arm in recipe.arms:
         label = f"{where}, arm '{arm.name}'"
         for point in recipe.points(arm):
+            own = {**point, **arm.options}
+            _refuse(own, SHARED, label, "which all arms must share", "Put it under unlearn.")
+            if "retain" in own and "retain" not in recipe.measure:
+                given = f"{label} sets 'retain', and is measured on those rows, too."
+                raise InputError(given, "Name the rows to measure all arms on: measure: {retain: ...}.")
             settings = recipe.settings(arm, point)
             _refuse(settings, SET_BY_THE_BENCH, label)
-            _resolved(UnlearnOptions, settings, label)
-            if not settings.get("forget"):
-                raise InputError(f"{label} has no forget set.", "Give unlearn: {forget: ...}.")
+            options = _resolved(UnlearnOptions, settings, label)
+            if recipe.tuning.choose == "level" and options.stop_at != "level":
+                raise InputError(
+                    f"{label} is tuned by choose: level, but does not stop there.",
+                    "Give unlearn: {eval_steps: 5, stop_at: level}, or tune by choose: closest.",
+                )
+        at = recipe.tuning.at
+        if at and all(name in arm.options for name in at) and not recipe.has_sibling(arm):
+            raise InputError(
+                f"{label} is to be tuned at {dict(at)}, but no arm of its kind has these values.",
+                "Add that arm, or leave out tuning: {at}.",
+            )
 
 
-def _refuse(options: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def _refuse(
+    options: Mapping[str, Any],
+    names: Sequence[str],
+    where: str,
+    why: str = "which the benchmark sets itself",
+    remedy: str = "Leave it out.",
+) -> None:
     for name in names:
         if name in options:
-            raise InputError(f"{where} sets '{name}', which the benchmark sets itself.", "Leave it out.")
+            raise InputError(f"{where} sets '{name}', {why}.", remedy)
 
 
 def _resolved(cls: type[Options], values: Mapping[str, Any], where: str) -> Any:

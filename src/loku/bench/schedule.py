@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from loku.bench.recipe import Arm, Recipe
-from loku.bench.store import Record, Task, read_record
+from loku.bench.store import Record, Task, noise_names, read_record
 from loku.bench.tuning import choose
 
 
@@ -19,6 +19,7 @@ class Schedule:
 
     recipe: Recipe
     root: str
+    only: tuple[str, ...] = ()  # the names of the arms to run; all of them when empty
     _found: dict[Path, Record] = field(default_factory=dict)
 
     def record(self, task: Task) -> Record | None:
@@ -26,10 +27,15 @@ class Schedule:
         path = task.path
         if path not in self._found:
             found = read_record(path)
-            if found is None:
+            if found is None or (task.arm is None and len(noise_names(found)) < self.recipe.noise_floor):
                 return None
             self._found[path] = found
         return self._found[path]
+
+    @property
+    def arms(self) -> list[Arm]:
+        """The arms that are to be run."""
+        return [arm for arm in self.recipe.arms if not self.only or arm.name in self.only]
 
     def models(self, seed: int) -> Task:
         """Return the task that makes a seed's models."""
@@ -66,34 +72,39 @@ class Schedule:
 
     def tuned_arms(self) -> list[Arm]:
         """Return the arms that tuning runs are made for."""
-        return list({arm.slug: arm for arm in map(self.recipe.tuned_as, self.recipe.arms)}.values())
+        return list({arm.slug: arm for arm in map(self.recipe.tuned_as, self.arms)}.values())
 
     def ready(self) -> list[Task]:
         """Return the tasks that are not done and could be done now, the most urgent first."""
-        waiting = [self.models(seed) for seed in self.recipe.model_seeds]
+        waiting = [self.models(seed) for seed in self.model_seeds()]
         models = [task for task in waiting if self.record(task) is None]
         tuning = [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
-        final = [task for arm in self.recipe.arms for task in self.final(arm)]
+        final = [task for arm in self.arms for task in self.final(arm)]
         without = {task.seed for task in models}
         trials = {task.path: task for task in (*tuning, *final) if task.seed not in without}
         return [*models, *(task for task in trials.values() if self.record(task) is None)]
 
+    def model_seeds(self) -> tuple[int, ...]:
+        """Return the seeds that models are needed for: those of the tuning only where something is tuned."""
+        tuned = any(self.tuning(arm) for arm in self.tuned_arms())
+        return self.recipe.model_seeds if tuned else self.recipe.seeds
+
     def counts(self) -> dict[str, int]:
         """Return how many tasks of each kind there are in all; runs that serve two purposes count once."""
         tuning = {task.path for arm in self.tuned_arms() for group in self.tuning(arm) for task in group}
-        final = len(self.recipe.arms) * len(self.recipe.seeds)
-        return {"models": len(self.recipe.model_seeds), "tuning": len(tuning), "final": final}
+        final = len(self.arms) * len(self.recipe.seeds)
+        return {"models": len(self.model_seeds()), "tuning": len(tuning), "final": final}
 
     def done(self) -> int:
         """Return how many of the tasks are done."""
-        tasks = [self.models(seed) for seed in self.recipe.model_seeds]
+        tasks = [self.models(seed) for seed in self.model_seeds()]
         tasks += [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
-        tasks += [task for arm in self.recipe.arms for task in self.final(arm)]
+        tasks += [task for arm in self.arms for task in self.final(arm)]
         return len({task.path for task in tasks if self.record(task) is not None})
 
     def seconds(self) -> dict[str, float | None]:
         """Return what a task of each kind takes: the median of those that are done, else what the recipe expects."""
-        models = [self.record(self.models(seed)) for seed in self.recipe.model_seeds]
+        models = [self.record(self.models(seed)) for seed in self.model_seeds()]
         taken = [found["seconds"]["all"] for found in models if found is not None]
         runs = [found["seconds"]["all"] for found in self._found.values() if "arm" in found]
         expected = self.recipe.seconds
@@ -108,7 +119,7 @@ class Schedule:
         models, trial = seconds["models"], seconds["trial"]
         if models is None or trial is None:
             return None
-        missing = sum(self.record(self.models(seed)) is None for seed in self.recipe.model_seeds)
+        missing = sum(self.record(self.models(seed)) is None for seed in self.model_seeds())
         trials = counts["tuning"] + counts["final"] - (self.done() - (counts["models"] - missing))
         return (missing * models + trials * trial) / 3600
 

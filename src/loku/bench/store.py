@@ -3,6 +3,8 @@
 <output>/recipe.yaml                          the recipe as it was given
 <output>/models/<id>/seed-<s>/                corpus, models, and models.json: target and retain-only measured
 <output>/runs/<arm>/<run id>/seed-<s>.json    one run: settings, figures, curve, relearning, costs, versions
+<output>/runs/<arm>/<run id>/seed-<s>.work/   while it runs, and after a kill: where the next call goes on
+<output>/runs/<arm>/<run id>/seed-<s>.error.txt    why it failed, until it is repeated
 <output>/chosen.json                          the tuning's choice for every arm
 <output>/runs.jsonl                           all of the runs in one file, for committing
 <output>/leaderboard.html, leaderboard.md     the page
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loku.bench.recipe import Arm, Recipe
+from loku.bench.recipe import RETAIN_ONLY, TARGET, Arm, Recipe
 from loku.errors import InputError
 from loku.files import read_json, write_text
 
@@ -41,6 +43,11 @@ class Task:
         if self.arm is None:
             return models_folder(self.root, self.recipe, self.seed) / "models.json"
         return run_file(self.root, self.recipe, self.arm, self.point or {}, self.seed)
+
+    @property
+    def error_file(self) -> Path:
+        """The file that says why the task failed, when it did."""
+        return self.path.with_suffix(".error.txt")
 
     @property
     def label(self) -> str:
@@ -72,6 +79,11 @@ def read_record(path: Path) -> Record | None:
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         raise InputError(f"'{path}' is of another version of loku bench.", "Choose a new --output folder.")
     return value
+
+
+def noise_names(record: Record) -> list[str]:
+    """Return the names of the further retain-only models in a models.json."""
+    return [name for name in record["models"] if name not in (TARGET, RETAIN_ONLY)]
 
 
 def all_records(root: str | Path) -> Iterator[Record]:

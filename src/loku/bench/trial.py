@@ -8,19 +8,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of
-from loku.bench.models import measure, measured_rows, results_file, unlearn_options
-from loku.bench.recipe import RETAIN_ONLY, TARGET
+from loku.bench.models import (
+    located,
+    measure,
+    measured_rows,
+    recipe_name,
+    reopened,
+    results_file,
+    unlearn_options,
+    watched_rows,
+)
+from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
 from loku.errors import DivergenceError, InputError
-from loku.evaluation.reference import load_reference
-from loku.files import write_json
-from loku.job import load_rows, prepare
+from loku.files import read_json, write_json
+from loku.job import Job, load_rows, prepare
 from loku.models import load_model, load_tokenizer
-from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
+from loku.runs import hardware, peak_memory_bytes, versions
 from loku.training import run_job
+
+KEPT = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data", "adapter")
 
 
 def run_trial(task: Task) -> None:
@@ -43,6 +52,7 @@ def run_trial(task: Task) -> None:
         "seed": task.seed,
         "settings": recipe.settings(task.arm, point),
         "models": {name: found["sha256"] for name, found in models["models"].items()},
+        "measured": models.get("data", {}),
     }
     work = task.path.with_suffix(".work")
     start = time.monotonic()
@@ -50,7 +60,7 @@ def run_trial(task: Task) -> None:
         record |= _unlearn(task, options, folder, work)
         record["error"] = None
     except DivergenceError as error:
-        record |= {"figures": None, "error": error.given}
+        record |= _known(read_json(work / "run.json"), work, folder) | {"figures": None, "error": error.given}
     record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
     record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
     write_json(task.path, record)
@@ -60,18 +70,14 @@ def run_trial(task: Task) -> None:
 def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, Any]:
     """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
     recipe = task.recipe
-    run = RunFolder.check(work, options.as_dict())
+    run = reopened(work, options.as_dict())
     forget, retain = load_rows(options)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
-    extra = AssessmentRows(
-        retain=rows.get("retain"), holdout=rows.get("holdout"), general=rows.get("general"),
-        reference=load_reference(options.retain_only_model) if options.retain_only_model else None,
-    )  # fmt: skip
-    result = run_job(job, run, options, extra)
+    result = run_job(job, run, options, watched_rows(rows, _level_source(options, job, recipe, folder)))
     against: dict[str, Any] = {"target": results_file(folder, TARGET)}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
@@ -81,11 +87,23 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     if recipe.relearn is not None:
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
-    kept = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data")
-    found |= {name: run.record[name] for name in kept if run.record.get(name) is not None}
-    found["initialisation"] = _brief(found.get("initialisation"))
-    found["importance"] = _brief(found.get("importance"))
-    return found | {"seconds": dict(run.record["seconds"]), "curve": _curve(work / "curve.jsonl")}
+    return found | _known(run.record, work, folder)
+
+
+def _level_source(options: Any, job: Job, recipe: Recipe, folder: Path) -> str | None:
+    """Return where the forget level comes from: results that are there, or the model where they lack its figures."""
+    if options.retain_only_model is None or not job.forget[0].is_text:
+        return str(options.retain_only_model) if options.retain_only_model else None
+    return located(RETAIN_ONLY, recipe, folder)
+
+
+def _known(run: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:
+    """Return what the record keeps of run.json, as far as the run came."""
+    found = {name: run[name] for name in KEPT if run.get(name) is not None}
+    for name in ("initialisation", "importance"):
+        found[name] = _brief(found.get(name))
+    found["data"] = {side: {**rows, "name": recipe_name(rows["name"], folder)} for side, rows in run["data"].items()}
+    return found | {"seconds": dict(run.get("seconds", {})), "curve": _curve(work / "curve.jsonl")}
 
 
 def _brief(value: Any) -> Any:

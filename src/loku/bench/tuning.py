@@ -22,11 +22,13 @@ UTILITY = ("model_utility", "utility")  # of suite own, of tdec and lume
 
 
 def distance(figures: dict[str, Any] | None, reference: dict[str, Any]) -> float:
-    """Return the mean of |figure - retain-only's| over `COMPARED`, of what both have; 1 for a run that diverged."""
-    if figures is None:
-        return 1.0
+    """Return the mean of |figure - retain-only's| over `COMPARED`, of what both have.
+
+    It is 1, the farthest there is, for a run that diverged and where nothing was measured in both.
+    """
     pairs = [(value_of(figures, name), value_of(reference, name)) for name in COMPARED]
-    return mean(abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None)
+    found = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    return mean(found) if found else 1.0
 
 
 def score(rule: str, records: Sequence[Record], models: Mapping[int, Record]) -> tuple[float, ...]:

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import altair as alt
-
 from loku.files import write_text
 from loku.report.charts import Chart
 from loku.report.html import environment
-from loku.report.numerals import figure
 from loku.report.scatter import Point, scatter
-from loku.report.svg import INK, UNLEARNED, render
 
 FORGET, UTILITY = ("forget prob.", "forget acc.", "forget ROUGE-L"), ("utility", "retain prob.")
+NAMED = 10  # more points than these are numbered: their names would not fit
 ROLES = {"noise": "retain_only"}  # other retain-only models are drawn as what they are
 
 
@@ -55,12 +52,14 @@ def write_bench_page(
     output: Path,
 ) -> Path:
     """Write the page and return its path."""
+    numbers = _numbers(rows)
     content = {
         "title": title,
+        "numbers": numbers,
         "note": note,
         "rows": rows,
         "columns": columns,
-        "scatter": _scatter(rows, columns),
+        "scatter": _scatter(rows, columns, numbers),
         "costs": _costs(rows),
         "tuned": [(name, found) for name, found in choices.items() if found["scores"]],
     }
@@ -68,32 +67,31 @@ def write_bench_page(
     return output
 
 
-def _scatter(rows: Sequence[BenchRow], columns: Sequence[str]) -> Chart | None:
+def _numbers(rows: Sequence[BenchRow]) -> dict[str, int]:
+    """Return the arms' numbers in the plot, or none where their names fit."""
+    arms = [row.label for row in rows if row.role == "unlearned"]
+    return {label: i + 1 for i, label in enumerate(arms)} if len(rows) > NAMED else {}
+
+
+def _scatter(rows: Sequence[BenchRow], columns: Sequence[str], numbers: Mapping[str, int]) -> Chart | None:
     across = next((column for column in UTILITY if column in columns), None)
     down = next((column for column in FORGET if column in columns), None)
     if across is None or down is None:
         return None
     points = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.role == "noise"):  # the aim is the first retain-only model
         x, y = row.mean(across), row.mean(down)
         if x is not None and y is not None:
-            points.append(Point(row.label, x, y, ROLES.get(row.role, row.role)))
+            label = "other seeds" if row.role == "noise" else str(numbers.get(row.label, row.label))
+            points.append(Point(label, x, y, ROLES.get(row.role, row.role), name=row.label))
     return scatter(points, "forget-utility", across, down) if points else None
 
 
-def _costs(rows: Sequence[BenchRow]) -> Chart | None:
-    """Draw each arm's seconds a run, the cheapest first."""
-    found = [(row.label, seconds) for row in rows if (seconds := row.mean("seconds")) is not None]
-    if not found:
-        return None
-    found.sort(key=lambda item: item[1])
-    values = [{"arm": label, "seconds": seconds, "text": figure(seconds)} for label, seconds in found]
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("seconds:Q", axis=alt.Axis(title="seconds a run, evaluation and attacks included", tickCount=5)),
-        y=alt.Y("arm:N", sort=None, axis=alt.Axis(title=None, labelLimit=220)),
-    )
-    bars = base.mark_bar(color=UNLEARNED, height=9)
-    texts = base.mark_text(align="left", dx=4, fontSize=11, color=INK).encode(text="text:N")
-    chart = alt.layer(bars, texts).properties(width=300, height=18 * len(values))
-    caption = "; ".join(f"{label}: {figure(seconds)} s" for label, seconds in found)
-    return Chart(render(chart.to_dict(), "bench-costs", "Seconds a run by arm", caption), "Means over seeds.")
+def _costs(rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
+    """Return each arm's seconds a run and peak memory, the cheapest first, and its share of the dearest."""
+    found = [(row.label, seconds, row.mean("peak MB")) for row in rows if (seconds := row.mean("seconds")) is not None]
+    most = max((seconds for _, seconds, _ in found), default=0.0)
+    return [
+        {"label": label, "seconds": seconds, "megabytes": memory, "share": seconds / most if most else 0.0}
+        for label, seconds, memory in sorted(found, key=lambda item: item[1])
+    ]
