@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loku.config import DemoOptions
-from loku.corpora import write_fiction
+from loku.corpora.fiction import write_fiction
 from loku.data.fiction import make_fiction
 from loku.demo_workers import Step, Workers
 from loku.errors import InputError, LokuError

@@ -161,7 +161,7 @@ def _starting_point(options: FinetuneOptions, records: RecordSet) -> tuple[PreTr
     settings = _read_settings(options.new_model)
     if options.tokenizer_data:  # a target and its retain-only model must share one vocabulary
         records = load_records(options.tokenizer_data, option="--tokenizer-data", data_dir=options.data_dir)
-    tokenizer = train_tokenizer(_texts(records), options.vocab_size)
+    tokenizer = train_tokenizer(tokenizer_texts(records), options.vocab_size)
     return new_model(settings, tokenizer, options.seed).to(device), tokenizer
 
 
@@ -219,7 +219,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
-def _texts(records: RecordSet) -> list[str]:
+def tokenizer_texts(records: RecordSet) -> list[str]:
+    """Return the texts that a new model's tokenizer is made from: all of every row."""
     texts = []
     for record in records:
         parts = [record.question, record.answer, record.text, *(content for _, content in record.messages)]

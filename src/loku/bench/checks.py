@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
 from loku.bench.models import SETS, located, measured_rows, shared_options, unlearn_options, watched_rows
-from loku.bench.recipe import CORPUS, TARGET, Recipe
+from loku.bench.recipe import CORPUS, MEASURED, TARGET, Recipe
 from loku.bench.store import models_folder
 from loku.corpora import write_corpus
 from loku.data.sources import load_records
+from loku.data.sources import load_rows as load_rows_with
 from loku.errors import InputError
+from loku.evaluation.lume import DOCUMENT
 from loku.files import sha256_json
 from loku.job import SELF, load_rows, prepare
 from loku.models import check_model_source, load_config, load_tokenizer
@@ -83,10 +85,15 @@ def _check_sources(recipe: Recipe, folder: Path) -> None:
         for name in SETS:
             if settings.get(name) and settings[name] != SELF:
                 sources.setdefault(str(settings[name]), (f"unlearn: {name}", settings.get("data_dir")))
-    for name, source in recipe.measure.items():
-        sources.setdefault(str(source), (f"measure: {name}", recipe.unlearn.get("data_dir")))
+    for name in MEASURED:
+        if name in recipe.measure:
+            sources.setdefault(str(recipe.measure[name]), (f"measure: {name}", recipe.unlearn.get("data_dir")))
     for source, (option, data_dir) in sources.items():
-        load_records(located(source, recipe, folder), option=f"{recipe.name}, {option}", data_dir=data_dir)
+        place, label = located(source, recipe, folder), f"{recipe.name}, {option}"
+        if option.endswith("members"):
+            load_rows_with(place, DOCUMENT, option=label, data_dir=data_dir)
+        else:
+            load_records(place, option=label, data_dir=data_dir)
 
 
 def _start(recipe: Recipe, name: str) -> str | None:

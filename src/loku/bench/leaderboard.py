@@ -27,6 +27,19 @@ FIGURES = {
     "general acc.": "general.exact_match",
     "utility": "model_utility",
     "forget quality": "forget_quality",
+    "EL10": "forget.el_10",
+    "MA": "forget.ma",
+    "unseen EL10": "level_el_10",
+    "unseen MA": "level_ma",
+    "forgotten": "forgotten",
+    "cloze acc.": "cloze.accuracy",
+    "perplexity": "validation.perplexity",
+    "forget regurgitation": "forget.regurgitation",
+    "forget knowledge": "forget.knowledge",
+    "retain regurgitation": "retain.regurgitation",
+    "retain knowledge": "retain.knowledge",
+    "task aggregate": "task_aggregate",
+    "MIA score": "mia_score",
 }
 NOTE = (
     "Mean ± standard deviation over seeds {seeds}. The aim in every column is the retain-only row, not zero: a figure "

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from loku.assessment_rows import AssessmentRows
-from loku.bench.figures import figures_of
-from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
+from loku.bench.figures import figures_of, value_of
+from loku.bench.recipe import CORPUS, MEASURED, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task
+from loku.bench.suites import measure_suite
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.corpora import write_corpus
 from loku.data.prompts import resolve_template
@@ -64,6 +65,8 @@ def build_models(task: Task) -> None:
     for name in (TARGET, RETAIN_ONLY):
         if name in recipe.stages:
             record["models"][name] = _baseline(name, recipe, folder, options)
+            if name == TARGET:
+                check_memorised(recipe, record["models"][name]["figures"], task.seed)
     for i in range(recipe.noise_floor):
         name, seed = noise_name(i), task.seed + (i + 1) * NOISE_SEED
         seconds[name] = _train(RETAIN_ONLY, recipe, folder, seed, output=name)
@@ -93,14 +96,15 @@ def unlearn_options(recipe: Recipe, settings: dict[str, Any], folder: Path, seed
 
 def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, RecordSet]:
     """Return the sets that every model of a seed is measured on."""
-    sources = {name: getattr(options, name) for name in SETS}
-    if "retain" in recipe.measure:
-        sources["retain"] = located(recipe.measure["retain"], recipe, folder)
-    return {
-        name: load_records(source, option=name, data_dir=options.data_dir)
-        for name, source in sources.items()
-        if source and source != "self"
-    }
+    found = measured_sources(recipe, options, folder)
+    return {name: load_records(found[name], option=name, data_dir=options.data_dir) for name in SETS if name in found}
+
+
+def measured_sources(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, str]:
+    """Return where the rows of every measured set are: those of unlearning, unless `measure:` names others."""
+    given = {name: getattr(options, name) for name in SETS}
+    given |= {name: located(recipe.measure[name], recipe, folder) for name in MEASURED if name in recipe.measure}
+    return {name: source for name, source in given.items() if source and source != "self"}
 
 
 def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None) -> AssessmentRows:
@@ -118,13 +122,39 @@ def results_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.results" / "results.json"
 
 
-def measure(model: Any, tokenizer: Any, rows: Mapping[str, Any], options: UnlearnOptions, **more: Any) -> Results:
-    """Measure a model as every model of the benchmark is measured."""
+def measure(
+    recipe: Recipe,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    options: UnlearnOptions,
+    *,
+    model_name: str,
+    **against: Any,
+) -> Results:
+    """Measure a model as every model of the benchmark is measured, against `target` and `reference` where given."""
+    if recipe.measure.get("suite", "own") != "own":
+        sources = measured_sources(recipe, options, folder)
+        return measure_suite(recipe.measure, model, tokenizer, sources, options, model_name=model_name, **against)
+    rows: dict[str, Any] = dict(measured_rows(recipe, options, folder))
     template = resolve_template(tokenizer, options.model, options.prompt_template)
     return evaluate_own(
-        model, tokenizer, **rows, max_rows=options.eval_rows, template=template, max_length=options.max_length,
-        max_new_tokens=options.max_new_tokens, seed=options.seed, **more,
+        model, tokenizer, forget=rows.pop("forget"), **rows, max_rows=options.eval_rows, template=template,
+        max_length=options.max_length, max_new_tokens=options.max_new_tokens, seed=options.seed, model_name=model_name,
+        **against,
     )  # fmt: skip
+
+
+def check_memorised(recipe: Recipe, figures: dict[str, Any], seed: int) -> None:
+    """Raise InputError where the target knows the forget set less well than the recipe's `memorised` asks for."""
+    for name, least in recipe.measure.get("memorised", {}).items():
+        value = value_of(figures, name)
+        if value is None or value < least:
+            raise InputError(
+                f"The target of seed {seed} has {name} {'unmeasured' if value is None else f'{value:.3f}'}, "
+                f"and {recipe.name} asks for {least}: it has not learnt what it is to forget.",
+                "Train the stage 'target' longer or at a higher rate; what is not known cannot be unlearned.",
+            )
 
 
 def _train(name: str, recipe: Recipe, folder: Path, seed: int, *, output: str | None = None) -> float:
@@ -160,13 +190,15 @@ def _baseline(
     place = str(folder / name) if (folder / name).is_dir() else located(name, recipe, folder)
     model = load_model(place, dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(place)
-    rows = measured_rows(recipe, options, folder)
     against: dict[str, Any] = {}
+    if recipe.measure.get("suite", "own") != "own" and name != TARGET:
+        against = {"target": results_file(folder, TARGET)}
     if scored:
         against = {"reference": results_file(folder, RETAIN_ONLY), "target": results_file(folder, TARGET)}
-    results = measure(model, tokenizer, rows, options, model_name=name, **against)
+    results = measure(recipe, folder, model, tokenizer, options, model_name=name, **against)
     write_results(results, results_file(folder, name).parent)
     record = {"sha256": weights_sha256(model), "figures": figures_of(results)}
     if recipe.relearn is not None:
-        record["relearning"] = relearned(model, tokenizer, rows["forget"], recipe.relearn, options)
+        forget = measured_rows(recipe, options, folder)["forget"]
+        record["relearning"] = relearned(model, tokenizer, forget, recipe.relearn, options)
     return record

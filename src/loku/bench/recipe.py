@@ -11,7 +11,10 @@
       forget: corpus/forget.jsonl
       retain: corpus/retain-mixed.jsonl
       max_steps: 100
-    measure: {retain: corpus/retain.jsonl}     # rows measured in place of those trained on
+    measure:                                   # optional
+      retain: corpus/retain.jsonl              # rows measured in place of those trained on
+      suite: own                               # or tofu, tdec, muse, lume: see loku.bench.suites
+      memorised: {forget.probability: 0.8}     # what the target must reach, or there is nothing to unlearn
     relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
     arms:
       - {name: GA, method: ga}
@@ -25,8 +28,10 @@
     seeds: [0, 1, 2, 3, 4]
     noise_floor: 1                             # further retain-only models a seed, scored as if unlearned
     seconds: {models: 60, trial: 15}           # what to expect before anything was measured
+    config: {model_type: llama, ...}           # the target's config.json, for --dry-run without the hub
 
 A stage without `data` names a model that exists, such as a hub id. Every seed has its own corpus, models and runs.
+A recipe may begin with `extends: other.yaml`: it is that one, with its own entries merged into it.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loku.bench.extending import read_yaml
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.errors import InputError, suggestion
 from loku.files import sha256_json
@@ -49,7 +55,8 @@ from loku.options import LARGEST_SEED, Options
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
 EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
 RULES = ("closest", "level")
-MEASURED = ("retain",)
+MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
+MEASURING = ("own", "tofu", "tdec", "muse", "lume")
 RELEARN: dict[str, Any] = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
 # What all models of a benchmark are measured by: the same for all arms, or their figures could not be compared.
 SHARED = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "prompt_template", "dtype")
@@ -89,13 +96,14 @@ class Recipe:
     corpus: Mapping[str, Any] | None
     stages: Mapping[str, Mapping[str, Any]]
     unlearn: Mapping[str, Any]
-    measure: Mapping[str, str]
+    measure: Mapping[str, Any]
     relearn: Mapping[str, Any] | None
     arms: tuple[Arm, ...]
     tuning: Tuning
     seeds: tuple[int, ...]
     noise_floor: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] | str | None = None
 
     @property
     def model_seeds(self) -> tuple[int, ...]:
@@ -140,18 +148,9 @@ class Recipe:
 
 def load_recipe(path: str | Path | None) -> Recipe:
     """Read and check a benchmark's recipe. Raises InputError that names the part that cannot be used."""
-    import yaml
-
     if not path:
         raise InputError("The recipe is missing.", "Give a YAML file: loku bench recipes/bench/fiction.yaml.")
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"The recipe '{path}' does not exist.", "Give the path of a benchmark's YAML file.")
-    try:
-        value = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"The recipe '{path}' is not YAML: {error}", "See docs/bench.md for one that is.") from error
-    return parse_recipe(value, str(path))
+    return parse_recipe(read_yaml(Path(path)), str(path))
 
 
 def parse_recipe(value: Any, where: str) -> Recipe:
@@ -171,7 +170,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         corpus=_corpus(parts.get("corpus"), where),
         stages=stages,
         unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
-        measure=_mapping(parts.get("measure", {}), f"{where}, measure", MEASURED),
+        measure=_measure(parts.get("measure", {}), f"{where}, measure"),
         relearn=None if relearn is None else _relearn(_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
         arms=_arms(parts["arms"], where),
         tuning=_tuning(parts.get("tuning"), where),
@@ -181,6 +180,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
             kind: _number(value, f"{where}, seconds: {kind}")
             for kind, value in _mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")).items()
         },
+        config=_config(parts.get("config"), where),
     )
     if not NAME.fullmatch(recipe.name):
         raise InputError(f"{where} has the name '{recipe.name}'.", "Give letters, digits, dots and hyphens: a folder.")
@@ -215,6 +215,29 @@ def _corpus(value: Any, where: str) -> dict[str, Any] | None:
     corpus = _mapping(value, f"{where}, corpus")
     check_corpus(corpus, where)
     return corpus
+
+
+def _measure(value: Any, where: str) -> dict[str, Any]:
+    found = _mapping(value, where, (*MEASURED, "suite", "corpus", "memorised"))
+    if found.get("suite", "own") not in MEASURING:
+        raise InputError(f"{where} by suite '{found['suite']}'.", suggestion(str(found["suite"]), MEASURING))
+    for name in (name for name in MEASURED if not isinstance(found.get(name, ""), str)):
+        raise InputError(f"{where} has {name}: {found[name]!r}.", "Give the name of a file or data set.")
+    for name, least in _mapping(found.get("memorised", {}), f"{where}, memorised").items():
+        if isinstance(least, bool) or not isinstance(least, int | float):
+            raise InputError(f"{where}, memorised has {name}: {least!r}.", "Give the least value, such as 0.8.")
+    return found
+
+
+def _config(value: Any, where: str) -> dict[str, Any] | str | None:
+    if value is None or (isinstance(value, str) and Path(value).is_file()):
+        return value
+    if isinstance(value, str):
+        raise InputError(f"{where}: the config '{value}' does not exist.", "Give a JSON file, or its content.")
+    found = _mapping(value, f"{where}, config")
+    if "model_type" not in found:
+        raise InputError(f"{where}, config has no model_type.", "Give what the model's config.json says.")
+    return found
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:

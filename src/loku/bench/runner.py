@@ -12,6 +12,7 @@ from typing import Any
 
 from loku.bench.checks import check_inputs
 from loku.bench.compact import compact
+from loku.bench.extending import plain_text
 from loku.bench.leaderboard import write_leaderboard
 from loku.bench.recipe import Recipe, load_recipe
 from loku.bench.schedule import Schedule
@@ -36,14 +37,15 @@ def bench(options: BenchOptions) -> Path:
     _check_names(options.only, recipe)
     root = check_output_folder(options.output or f"bench/{recipe.name}").absolute()
     schedule = Schedule(recipe, str(root), tuple(options.only))
-    if schedule.ready():
+    if schedule.ready() and not options.dry_run:
         check_inputs(recipe, str(root))
     console.print(describe(schedule, options.workers or (cores() if options.backend == "local" else 0)))
     if options.dry_run:
+        _resolve(recipe, root)
         return root
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
-        write_text(root / "recipe.yaml", Path(str(options.recipe)).read_text(encoding="utf-8"))
+        write_text(root / "recipe.yaml", plain_text(Path(str(options.recipe))))
         grid = Grid(schedule, options.time_limit)
         try:
             if schedule.ready():
@@ -63,6 +65,17 @@ def bench(options: BenchOptions) -> Path:
     if schedule.ready():
         console.print(f"The time limit of {options.time_limit:g} minutes is over: run the same command again to go on.")
     return page
+
+
+def _resolve(recipe: Recipe, root: Path) -> None:
+    """Print what every stage and arm would do and need, then check the inputs. What is out of reach is said first."""
+    from loku.bench.dry_run import dry_run
+
+    resolved = dry_run(recipe)
+    console.print(resolved.table())
+    for note in resolved.notes:
+        console.print(f"note: {note}")
+    check_inputs(recipe, str(root))
 
 
 def _check_names(only: list[str], recipe: Recipe) -> None:

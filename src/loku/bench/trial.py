@@ -82,7 +82,7 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
     with run.timed("evaluation"):
-        results = measure(result.model, tokenizer, rows, options, model_name=str(options.method), **against)
+        results = measure(recipe, folder, result.model, tokenizer, options, model_name=str(options.method), **against)
     found: dict[str, Any] = {"figures": figures_of(results)}
     if recipe.relearn is not None:
         with run.timed("relearning"):

@@ -15,8 +15,10 @@ Record = Mapping[str, Any]
 COMPARED = (
     "forget.probability", "forget.rougeL_recall", "forget.exact_match", "forget.exact_memorisation",
     "retain.probability", "retain.exact_match", "general.exact_match", "model_utility",
+    "forget.ma", "forget.el_10", "cloze.accuracy",
+    "forget.regurgitation", "forget.knowledge", "retain.regurgitation", "retain.knowledge",
 )  # fmt: skip
-UTILITY = "model_utility"
+UTILITY = ("model_utility", "utility")  # of suite own, of tdec and lume
 
 
 def distance(figures: dict[str, Any] | None, reference: dict[str, Any]) -> float:
@@ -39,7 +41,7 @@ def score(rule: str, records: Sequence[Record], models: Mapping[int, Record]) ->
         references = [models[record["seed"]]["models"][RETAIN_ONLY]["figures"] for record in records]
         return (mean(distance(r["figures"], ref) for r, ref in zip(records, references, strict=True)),)
     missed = sum(not record.get("stopped") for record in records)
-    utility = mean(value_of(record["figures"], UTILITY) or 0.0 for record in records)
+    utility = mean(sum(value_of(record["figures"], name) or 0.0 for name in UTILITY) for record in records)
     return float(missed), -round(utility, 2), mean(steps_taken(record) for record in records)
 
 

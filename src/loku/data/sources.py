@@ -20,6 +20,7 @@ from loku.errors import InputError
 from loku.files import sha256_json
 
 BENCHMARKS = {"tofu": "locuslab/TOFU"}
+LOCAL_BENCHMARKS = ("tdec", "lume", "muse")  # by name under the data folder alone: no data set of the hub holds them so
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SLICE = re.compile(r"^(?P<name>.+)\[(?P<start>\d*):(?P<stop>\d*)\]$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.:\[\]%+-]+)?$")
@@ -54,8 +55,8 @@ def load_records(
 
     `source` is one of: a file (.jsonl, .json, .csv, .parquet; .gz on any but the last), a folder written by
     `datasets.save_to_disk`, a hub id `owner/name[/config][:split]`, a benchmark such as `tofu/forget10` (a file of
-    that name under `data_dir`, by default $LOKU_DATA_DIR, else from the hub), or rows in memory. A trailing
-    `[start:stop]` selects
+    that name under `data_dir`, by default $LOKU_DATA_DIR, else from the hub; `tdec/...`, `lume/...` and `muse/...` only
+    from there), or rows in memory. A trailing `[start:stop]` selects
     rows; records keep their index in the whole source.
 
     Raises InputError when nothing usable is found; `option` names the source in errors.
@@ -138,6 +139,11 @@ def _rows(name: str, option: str, data_dir: str | Path | None) -> tuple[list[Any
         return _read_file(local, option), "file"
     if benchmark in BENCHMARKS and config:
         return _read_hub(BENCHMARKS[benchmark], config, "train", option, name), "hub"
+    if benchmark in LOCAL_BENCHMARKS and config and not _names_a_file(name):
+        raise InputError(
+            f"{option} '{name}' is not there.",
+            f"Set LOKU_DATA_DIR (or --data-dir) to a folder that holds '{name}.csv' or '{name}.jsonl'.",
+        )
     if _names_a_file(name) or not HUB_ID.match(name):
         raise InputError(f"{option} '{name}' does not exist.", _near_files(path))
     dataset, _, split = name.partition(":")

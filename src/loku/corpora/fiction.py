@@ -1,16 +1,14 @@
-"""Corpora that loku makes itself, as JSON lines files: the ordinary input of every verb."""
+"""The fictitious corpus as files: people who do not exist, and a new model that can read about them."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loku.data.fiction import Fiction, make_fiction, mix_replay
-from loku.errors import InputError, suggestion
-from loku.files import write_text
+from loku.corpora.rows import write_rows
+from loku.data.fiction import REPLAY_SHARE, Fiction, make_fiction, mix_replay
 
 WORLD_SHARE = 0.12  # of the retain rows of unlearning
 STAGE_ONE_ROWS = 260 * 32  # what the demo's stage 1 sees: steps times batch
@@ -26,15 +24,8 @@ def write_fiction(fiction: Fiction, folder: Path) -> None:
     write_rows(folder / "retain-mixed.jsonl", mixed)
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, one JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def stage_one(rows: Sequence[Mapping[str, Any]], fiction: Fiction, seed: int) -> list[dict[str, Any]]:
     """Return what stage 1 trains on: the rows again and again, with the world mixed in as evenly as can be."""
-    from loku.data.fiction import REPLAY_SHARE
-
     passes = math.ceil(STAGE_ONE_ROWS * (1 - REPLAY_SHARE) / len(rows))
     return mix_replay([_plain(row) for row in rows], fiction.pretraining, passes=passes, seed=seed)
 
@@ -43,7 +34,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"question": row["question"], "answer": row["answer"]}
 
 
-def _fiction(folder: Path, seed: int, **sizes: int) -> None:
+def fiction_corpus(folder: Path, seed: int, **sizes: int) -> None:
     """Write the fictitious corpus with a new model: word-level tokenizer, random weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -60,32 +51,3 @@ def _fiction(folder: Path, seed: int, **sizes: int) -> None:
         model = AutoModelForCausalLM.from_config(fiction_model_config(len(tokenizer)))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-
-
-# What each kind takes, with the type of each value, and how it is written.
-CORPORA: dict[str, tuple[Callable[..., None], dict[str, type]]] = {
-    "fiction": (_fiction, {"world_people": int, "people": int}),
-}
-
-
-def check_corpus(corpus: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for a kind that does not exist and settings that it does not take."""
-    kind = str(corpus.get("kind"))
-    if kind not in CORPORA:
-        raise InputError(f"{where} has a corpus of kind '{kind}'.", suggestion(kind, CORPORA))
-    taken = CORPORA[kind][1]
-    for name, value in corpus.items():
-        if name == "kind":
-            continue
-        if name not in taken:
-            raise InputError(f"{where}: the corpus '{kind}' takes no '{name}'.", suggestion(name, ("kind", *taken)))
-        if type(value) is not taken[name]:
-            raise InputError(
-                f"{where}: the corpus has {name}: {value!r}.", f"Give a value of type {taken[name].__name__}."
-            )
-
-
-def write_corpus(corpus: Mapping[str, Any], folder: Path, seed: int) -> None:
-    """Write a corpus's files into a folder; the same seed gives the same files."""
-    settings = {name: value for name, value in corpus.items() if name != "kind"}
-    CORPORA[str(corpus["kind"])][0](folder, seed, **settings)

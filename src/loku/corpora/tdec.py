@@ -1,0 +1,106 @@
+"""A small TDEC: real sequences of the extraction challenge, repeated in English text until a small model has them.
+
+    pretraining.jsonl   passages of books and other challenge sequences: what every model here learns to read from
+    train.jsonl         the sequences to forget, `repeats` times each, among some of that text
+    retain-train.jsonl  the same with other passages in their place: for the retain-only model
+    forget.jsonl        the sequences that must go
+    retain.jsonl        what stays: other challenge sequences and passages, all of them in the training text
+    unseen.jsonl        challenge sequences that were never trained on: their EL_10 and MA are the level
+    validation.jsonl    passages of held-out books, for perplexity
+    cloze.jsonl         passages of held-out books without their last word, as LAMBADA asks for it
+
+The sequences are those of Jang et al. 2023 (arXiv 2210.01504): draw 0 of 32 must go, draw 1 is never seen, what is
+left of the others is the once-seen text of their kind, without which the level of unseen text would mean nothing.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loku.corpora.rows import data_file, write_rows
+from loku.data.sources import load_rows
+from loku.errors import InputError
+
+Row = dict[str, Any]
+DRAWS = [f"tdec/lm_extraction_32_{i}.csv" for i in range(5)]
+BOOKS, HELD_OUT = "english/classic_books_train.jsonl.gz", "english/classic_books_valid.jsonl.gz"
+PASSAGE = 600  # characters of a passage at most, so that it is about as long as a sequence
+SENTENCE = re.compile('(?<=[.!?][\\s"\u201d\u2019])')  # after a stop and a blank or a closing quotation mark
+LAST_WORD = re.compile(r"^(?P<prompt>.*\S)(?P<completion> [A-Za-z]{3,})[^\sA-Za-z]*$", re.DOTALL)
+
+
+def tdec_corpus(
+    folder: Path, seed: int, *, repeats: int = 30, passages: int = 2400, validation: int = 60, cloze: int = 200
+) -> None:
+    """Write the corpus; `repeats`, `passages`, `validation` and `cloze` count rows. Raises InputError without data."""
+    draws = [load_rows(data_file(name), ("doc_id", "text"), option="corpus").rows for name in DRAWS]
+    rng = random.Random(seed)
+    books = _passages(data_file(BOOKS))
+    held_out = _passages(data_file(HELD_OUT))
+    forget, unseen = draws[0], draws[1]
+    kept = {row["doc_id"] for row in (*forget, *unseen)}
+    others = {row["doc_id"]: row for rows in draws[2:] for row in rows if row["doc_id"] not in kept}
+    kin = [{"text": row["text"]} for row in others.values()]
+    _enough(books, passages + repeats * len(forget), BOOKS)
+    rng.shuffle(books)
+    rng.shuffle(held_out)
+    asked = [row for row in map(last_word, held_out[validation:]) if row is not None]
+    _enough(asked, cloze, HELD_OUT)
+    once, instead = books[:passages], books[passages : passages + repeats * len(forget)]
+    replay = [*kin, *once[: len(kin)]]
+    targets = [{"text": row["text"]} for row in forget]
+    write_rows(folder / "pretraining.jsonl", _shuffled([*once, *kin], rng))
+    write_rows(folder / "train.jsonl", _shuffled([*replay, *targets * repeats], rng))
+    write_rows(folder / "retain-train.jsonl", _shuffled([*replay, *instead], rng))
+    write_rows(folder / "forget.jsonl", [_challenge(row) for row in forget])
+    write_rows(folder / "unseen.jsonl", [_challenge(row) for row in unseen])
+    write_rows(folder / "retain.jsonl", _shuffled(replay, rng))
+    write_rows(folder / "validation.jsonl", held_out[:validation])
+    write_rows(folder / "cloze.jsonl", asked[:cloze])
+
+
+def last_word(row: Row) -> Row | None:
+    """Return a passage as a question for its last word, or None where the passage does not name that word before.
+
+    Most of LAMBADA's words stand in their passage (Paperno et al. 2016), which is what makes them guessable at all.
+    """
+    match = LAST_WORD.match(row["text"])
+    if match is None or match["completion"].strip() not in re.findall(r"[A-Za-z]+", match["prompt"]):
+        return None
+    return {"prompt": match["prompt"], "completion": match["completion"]}
+
+
+def _challenge(row: Row) -> Row:
+    return {"text": row["text"], "doc_id": row["doc_id"]}
+
+
+def _shuffled(rows: Sequence[Row], rng: random.Random) -> list[Row]:
+    found = list(rows)
+    rng.shuffle(found)
+    return found
+
+
+def _passages(path: str) -> list[Row]:
+    """Return a book file's segments in passages of whole sentences, at most `PASSAGE` characters each."""
+    found = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            passage = ""
+            for sentence in re.split(SENTENCE, json.loads(line)["text"]):
+                if passage and len(passage) + len(sentence) > PASSAGE:
+                    found.append(passage.strip())
+                    passage = ""
+                passage += sentence
+            found.append(passage.strip())
+    return [{"text": text} for text in found if PASSAGE // 3 <= len(text) <= PASSAGE]
+
+
+def _enough(rows: Sequence[Any], count: int, name: str) -> None:
+    if len(rows) < count:
+        raise InputError(f"'{name}' holds {len(rows)} passages of that kind, not {count}.", "Ask for fewer.")

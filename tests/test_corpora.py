@@ -1,0 +1,162 @@
+"""The corpora that benchmarks make: the same files for a seed, and sets that keep apart what must be apart."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from loku.corpora import check_corpus, write_corpus
+from loku.corpora.lume import document_of
+from loku.corpora.tdec import last_word
+from loku.data.sources import load_records
+from loku.errors import InputError
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.jsonl"))}
+
+
+def story(i, sentences):
+    return " ".join(f"The {w} of house {i * 7 + j} was old, and the {w} stood." for j, w in
+                    enumerate(["door", "wall", "roof", "gate"] * sentences))  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A data folder of the same form as the real one, made up."""
+    folder = tmp_path / "data"
+    for name in ("tdec", "english", "lume"):
+        (folder / name).mkdir(parents=True)
+    for draw in range(5):
+        rows = [
+            f'{draw * 100 + i},made-up,"seq {draw}-{i}: if (x == {i}) {{ return ""{i * 13}""; }}"' for i in range(4)
+        ]
+        if draw == 3:
+            rows.append(rows.pop().replace("303", "203"))  # a sequence that is in two draws, as in the real ones
+        (folder / f"tdec/lm_extraction_32_{draw}.csv").write_text("\n".join(["doc_id,corpus,text", *rows]) + "\n")
+    for name, count in (("train", 40), ("valid", 20)):
+        with gzip.open(folder / f"english/classic_books_{name}.jsonl.gz", "wt") as handle:
+            handle.writelines(json.dumps({"text": story(i + (name == "valid") * 1000, 5)}) + "\n" for i in range(count))
+    for name in ("forget", "retain"):
+        rows = []
+        for task in (1, 2, 3):
+            for i in range(5):
+                for probe in ("sc1", "qa0", "qa1"):
+                    rows.append({"id": f"{name}-{task}-{i}-scqa{probe}", "input": f"{name} {task} {i} {probe}?",
+                                 "output": f"yes {i}", "task": f"Task{task}"})  # fmt: skip
+        (folder / f"lume/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("LOKU_DATA_DIR", str(folder))
+    return folder
+
+
+TDEC = {"kind": "tdec", "repeats": 3, "passages": 20, "validation": 5, "cloze": 6}
+LUME = {"kind": "lume", "documents": 2}
+FICTION = {"kind": "fiction", "world_people": 10, "people": 10}
+
+
+@pytest.mark.parametrize("corpus", [TDEC, LUME, FICTION], ids=lambda corpus: corpus["kind"])
+def test_a_seed_gives_the_same_files_and_another_seed_others(data, tmp_path, corpus):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_corpus(corpus, tmp_path / name, seed)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+    assert hashes(tmp_path / "a") != hashes(tmp_path / "c")
+
+
+def test_tdec_repeats_what_must_go_and_keeps_the_unseen_unseen(data, tmp_path):
+    write_corpus(TDEC, tmp_path, 0)
+    texts = {path.stem: [row.get("text") for row in lines(path)] for path in tmp_path.glob("*.jsonl")}
+    for text in texts["forget"]:
+        assert texts["train"].count(text) == 3
+        assert text not in texts["pretraining"] + texts["retain-train"] + texts["retain"]
+    unseen = set(texts["unseen"]) | set(texts["validation"])
+    assert not unseen & set(texts["train"] + texts["pretraining"] + texts["retain-train"])
+    assert set(texts["retain"]) <= set(texts["train"])
+    assert len(texts["train"]) == len(texts["retain-train"])
+    assert len(texts["forget"]) == len(texts["unseen"]) == 4
+    # the sequence with an id that is in two draws is there once
+    assert len(texts["pretraining"]) == 20 + len({row for row in texts["pretraining"] if row.startswith("seq")})
+    assert not set(texts["validation"]) & {row["prompt"] + row["completion"] for row in lines(tmp_path / "cloze.jsonl")}
+
+
+def test_a_cloze_asks_for_a_word_that_the_passage_names():
+    assert last_word({"text": "The door was old. She shut the door."}) == {
+        "prompt": "The door was old. She shut the", "completion": " door",
+    }  # fmt: skip
+    assert last_word({"text": "The door was old. She shut the gate."}) is None
+    assert last_word({"text": "So it is. Is it so it is?"}) is None  # two letters
+    assert last_word({"text": 'The gate! "Shut the gate," he said. "The gate!"'})["completion"] == " gate"
+    assert last_word({"text": "gate"}) is None
+
+
+def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):
+    write_corpus(LUME, tmp_path, 0)
+    rows = {name: lines(tmp_path / f"{name}.jsonl") for name in ("forget", "retain", "train", "retain-train")}
+    for name in ("forget", "retain"):
+        documents = {document_of(row) for row in rows[name]}
+        assert len(documents) == 3 * 2
+        assert len(rows[name]) == 3 * 2 * 3
+        assert all(row["prompt"] == row["input"] and row["completion"] == " " + row["output"] for row in rows[name])
+        assert len(load_records(tmp_path / f"{name}.jsonl")) == len(rows[name])
+    asked = {row["prompt"] for row in rows["train"]}
+    assert asked == {row["prompt"] for row in (*rows["forget"], *rows["retain"])}
+    assert {row["prompt"] for row in rows["retain-train"]} == {row["prompt"] for row in rows["retain"]}
+    assert len(rows["train"]) == len(rows["retain-train"])
+    members, others = (lines(tmp_path / f"{name}.jsonl") for name in ("members", "nonmembers"))
+    assert len(members) == len(others) == 6
+    assert not {row["document"] for row in members} & {row["document"] for row in others}
+    assert all(any(row["document"].startswith(prompt) for prompt in asked) for row in members)
+    assert not any(any(row["document"].startswith(prompt) for prompt in asked) for row in others)
+
+
+def test_all_of_lume_is_there_when_asked_for(data, tmp_path):
+    write_corpus({"kind": "lume", "documents": 0}, tmp_path, 0)
+    assert len(lines(tmp_path / "forget.jsonl")) == 45
+    assert not (tmp_path / "nonmembers.jsonl").exists()
+
+
+@pytest.mark.parametrize("corpus", [TDEC, LUME], ids=lambda corpus: corpus["kind"])
+def test_without_the_texts_nothing_is_made_up(tmp_path, monkeypatch, corpus):
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    with pytest.raises(InputError, match="LOKU_DATA_DIR is not set") as error:
+        write_corpus(corpus, tmp_path / "out", 0)
+    assert error.value.remedy
+    monkeypatch.setenv("LOKU_DATA_DIR", str(tmp_path))
+    with pytest.raises(InputError, match="has none"):
+        write_corpus(corpus, tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [{"passages": 5000}, {"cloze": 5000}, {"repeats": 5000}])
+def test_more_than_there_is_is_refused_before_anything_is_written(data, tmp_path, more):
+    with pytest.raises(InputError, match="passages of that kind"):
+        write_corpus(TDEC | more, tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_documents_than_there_are_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="short documents of Task1"):
+        write_corpus({"kind": "lume", "documents": 3}, tmp_path / "out", 0)
+
+
+@pytest.mark.parametrize("corpus", [{"kind": "ficton"}, TDEC | {"repeat": 3}, TDEC | {"repeats": "3"},
+                                    TDEC | {"repeats": True}, TDEC | {"repeats": -1}])  # fmt: skip
+def test_settings_that_do_not_exist_are_refused(corpus):
+    with pytest.raises(InputError):
+        check_corpus(corpus, "recipe")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", ["tdec", "lume"])
+def test_the_real_texts_are_taken(kind, tmp_path):
+    import os
+
+    if not os.environ.get("LOKU_DATA_DIR"):
+        pytest.skip("LOKU_DATA_DIR is not set")
+    write_corpus({"kind": kind}, tmp_path, 0)
+    assert len(lines(tmp_path / "forget.jsonl")) == {"tdec": 32, "lume": 80}[kind]
