@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loku.errors import InputError
-from loku.losses.positions import select, widest
+from loku.losses.positions import Selection, select, widest
 from loku.losses.scores import Extra, TokenScores, check_extras
 
 BLOCK = 64
@@ -47,22 +47,39 @@ def scores_from_hidden(
 
     Values and gradients are those of `scores_from_logits`, to rounding. Second derivatives are not available.
     """
+    chosen = select(labels)
+    check_targets(chosen.targets, weight.shape[0])
+    return scores_of_states(chosen.pick(hidden), chosen, weight, bias, softcap=softcap, need=need, tile=tile)
+
+
+def check_targets(targets: Int[Tensor, " tokens"], vocab_size: int) -> None:
+    """Raise InputError for targets that are no token of the vocabulary."""
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+        raise InputError(
+            f"A label lies outside the vocabulary of {vocab_size} tokens: they span "
+            f"{int(targets.min())} to {int(targets.max())}.",
+            "Check that the tokenizer belongs to the model; positions to ignore are -100.",
+        )
+
+
+def scores_of_states(
+    states: Float[Tensor, "tokens d"],
+    chosen: Selection,
+    weight: Float[Tensor, "vocab d"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    *,
+    softcap: float | None = None,
+    need: Collection[Extra] = (),
+    tile: int | None = None,
+) -> TokenScores:
+    """Do what `scores_from_hidden` does for states that were picked already; targets are not checked."""
     check_extras(need)
     if tile is None:
         tile = default_tile(weight.shape[1], weight.dtype)
     if tile < 1:
         raise InputError(f"tile={tile} is not a number of vocabulary columns.", "Give a whole number of at least 1.")
-    chosen = select(labels)
-    vocab_size = weight.shape[0]
-    if chosen.targets.numel() and not 0 <= int(chosen.targets.min()) <= int(chosen.targets.max()) < vocab_size:
-        raise InputError(
-            f"A label lies outside the vocabulary of {vocab_size} tokens: they span "
-            f"{int(chosen.targets.min())} to {int(chosen.targets.max())}.",
-            "Check that the tokenizer belongs to the model; positions to ignore are -100.",
-        )
-    learns = torch.is_grad_enabled() and hidden.requires_grad
+    learns = torch.is_grad_enabled() and states.requires_grad
     options = _Options(softcap, "mean_logit" in need, "expected_other" in need, tile, learns)
-    states = chosen.pick(hidden)
     target, runner_up, spread, mean_logit, expected_other = _Sweep.apply(states, weight, bias, chosen.targets, options)
     return TokenScores(
         target=target,
@@ -70,8 +87,8 @@ def scores_from_hidden(
         spread=spread,
         targets=chosen.targets,
         sequence=chosen.sequence,
-        batch_size=labels.shape[0],
-        vocab_size=vocab_size,
+        batch_size=chosen.shape[0],
+        vocab_size=weight.shape[0],
         mean_logit=mean_logit,
         expected_other=expected_other,
     )
@@ -248,12 +265,14 @@ def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, opti
     total_weight = None
     if options.mean_logit and options.learns:
         total_weight = h.new_zeros(d) if options.softcap is None else torch.zeros_like(h)
-    labels_in = _by_tile(targets, vocab, options.tile)
-    for tile, here in zip(_tiles(h, weight, bias, options.softcap, options.tile), labels_in, strict=True):
+    for tile in _tiles(h, weight, bias, options.softcap, options.tile):
         z = tile.logits
         if total is not None:
             total += z.sum(dim=1)
-        z[here, targets[here] - tile.start] = masked
+        place = targets - tile.start  # no list of the labels in this tile: a GPU would have to be waited for
+        inside = ((place >= 0) & (place < z.shape[1])).unsqueeze(1)
+        place = place.clamp(0, z.shape[1] - 1).unsqueeze(1)
+        z.scatter_(1, place, z.gather(1, place).masked_fill_(inside, masked))
         # The maximum by blocks: torch's argmax over a whole row costs ten times as much as amax.
         width = BLOCK if z.shape[1] % BLOCK == 0 else z.shape[1]
         blocks = z.view(z.shape[0], z.shape[1] // width, width)
