@@ -24,13 +24,18 @@ def layout_of(model: nn.Module, head: HeadSpec) -> tuple[Layout, str | None]:
     """
     balance = ATTENTION_SHARE * head.module.weight.shape[1]
     with evaluating(model):
-        if "flash" in str(getattr(unwrapped(model).config, "_attn_implementation", "")):
+        if _takes_borders(model):
             reason = _flash_disagreement(model, head)
             return Layout("padded" if reason else "flash", balance=balance), reason
         support = tree_support(model, head)
     if isinstance(support, str):
         return Layout("padded", balance=balance), support.replace("token tree", "packed row")
     return Layout("packed", support.longest, support.balance), None
+
+
+def _takes_borders(model: nn.Module) -> bool:
+    """Whether attention is a flash kernel."""
+    return "flash" in str(getattr(unwrapped(model).config, "_attn_implementation", ""))
 
 
 def model_inputs(block: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def _flash_disagreement(model: nn.Module, head: HeadSpec) -> str | None:
         with torch.no_grad():
             packed = states(TINY)
             alone = torch.cat([states((sequence,)) for sequence in TINY])
-            mixed = states((sum(TINY, []),))
+            mixed = states(([token for sequence in TINY for token in sequence],))
     except Exception as error:  # whatever a model's own code raises, the padded layout remains
         message = " ".join(str(error).split())[:200]
         return f"the check of its packed attention failed ({type(error).__name__}: {message})"

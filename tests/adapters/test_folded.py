@@ -1,4 +1,4 @@
-"""Folded layers: values and gradients are PEFT's, in float64; the base is never written; what is special stays PEFT's."""
+"""Folded layers: values and gradients are PEFT's, in float64; the base is never written; special cases stay PEFT's."""
 
 from __future__ import annotations
 
@@ -67,12 +67,17 @@ def uses_folding(model):
 def test_it_is_used_while_the_context_lasts_and_gone_after_an_error():
     model = adapted()
     assert not uses_folding(model)
-    with pytest.raises(RuntimeError, match="stop"), folded(model):
-        assert uses_folding(model)
-        with folded(model):  # within another, nothing changes
+
+    def breaks():
+        with folded(model):
             assert uses_folding(model)
-        assert uses_folding(model)
-        raise RuntimeError("stop")
+            with folded(model):  # within another, nothing changes
+                assert uses_folding(model)
+            assert uses_folding(model)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        breaks()
     assert not uses_folding(model)
     assert all("forward" not in vars(layer) for layer in lora_layers(model).values())
 

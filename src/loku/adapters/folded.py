@@ -57,22 +57,30 @@ def _forward(layer: Any, original: Callable[..., Tensor]) -> Callable[..., Tenso
 
 def _is_plain(layer: Any, names: list[str], x: Tensor) -> bool:
     base = layer.get_base_layer()
-    if layer.disable_adapters or layer.merged or TRAINED not in names or set(names) - {TRAINED, ANCHOR}:
-        return False
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
-        return False
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad) or hasattr(base, "_hf_hook"):
-        return False
-    for name in names:
-        A, B = layer.lora_A[name], layer.lora_B[name]
-        same = {A.weight.dtype, B.weight.dtype, base.weight.dtype} == {x.dtype}
-        if not same or B.bias is not None or name in layer.lora_variant:
-            return False
-        if not isinstance(layer.lora_dropout[name], nn.Identity) or layer.scaling[name] != layer.scaling[TRAINED]:
-            return False
-        if name == ANCHOR and (A.weight.requires_grad or B.weight.requires_grad):
-            return False
-    return True
+    own = [base.weight] if base.bias is None else [base.weight, base.bias]
+    return not (
+        layer.disable_adapters
+        or layer.merged
+        or TRAINED not in names
+        or set(names) - {TRAINED, ANCHOR}
+        or x.dtype not in (torch.float32, torch.float64)
+        or torch.is_autocast_enabled(x.device.type)
+        or any(parameter.requires_grad or parameter.dtype != x.dtype for parameter in own)
+        or hasattr(base, "_hf_hook")
+        or not all(_is_plain_adapter(layer, name, x) for name in names)
+    )
+
+
+def _is_plain_adapter(layer: Any, name: str, x: Tensor) -> bool:
+    A, B = layer.lora_A[name], layer.lora_B[name]
+    return (
+        A.weight.dtype == B.weight.dtype == x.dtype
+        and B.bias is None
+        and name not in layer.lora_variant
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and layer.scaling[name] == layer.scaling[TRAINED]
+        and (name == TRAINED or not (A.weight.requires_grad or B.weight.requires_grad))
+    )
 
 
 class _Folded(torch.autograd.Function):

@@ -37,7 +37,7 @@ def lay_out(sequences: Sequence[Sequence[int]], layout: Layout, pad_id: int) -> 
     Places count the positions of all blocks, row by row, one block after the other.
     """
     lengths = [len(sequence) for sequence in sequences]
-    longest = max(lengths) if layout.longest is None else layout.longest
+    longest = sum(lengths) if layout.longest is None else layout.longest
     groups: list[tuple[bool, list[list[int]]]] = []  # of each block, whether it is packed, and the members of its rows
     if layout.kind == "flash":
         groups.append((True, [list(range(len(sequences)))]))
@@ -91,7 +91,7 @@ def part_of_batch(examples: Sequence[Example], starts: Sequence[int] | None, *, 
         "items": float(len(targets)),
     }
     if weighted:
-        part["weights"] = torch.tensor(weights, dtype=torch.float32)
+        part["weights"] = torch.tensor(weights)
         part["items"] = float(part["weights"].sum())
     return part
 
@@ -112,16 +112,15 @@ def _rows(members: Sequence[int], lengths: Sequence[int], longest: int, balance:
     total, widest = sum(lengths[i] for i in members), max(lengths[i] for i in members)
     best: list[list[int]] = []
     least = float("inf")
-    for count in range(max(total // widest, 1), 0, -1):
-        width = max(-(-total // count), widest)
-        if width > longest or total * (balance + width) >= least:
-            break  # wider rows only cost more
+    for width in (widest, *(-(-total // count) for count in range(total // widest, 0, -1)), longest):
+        if not widest <= width <= longest or total * (balance + width) >= least:
+            break  # too wide, or wider rows only cost more
         rows = _first_fit(members, lengths, width)
         filled = max(sum(lengths[i] for i in row) for row in rows)
         cost = len(rows) * filled * (balance + filled)
         if cost < least:
             best, least = rows, cost
-    return best or [[i] for i in members]
+    return best
 
 
 def _first_fit(members: Sequence[int], lengths: Sequence[int], width: int) -> list[list[int]]:

@@ -251,7 +251,7 @@ class _Sums:
 
 
 def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> _Sums:
-    vocab, d = weight.shape
+    d = weight.shape[1]
     rows = torch.arange(h.shape[0], device=h.device)
     floor = _floor(h.dtype)
     # The label is masked with a large finite number, under a maximum that starts lower still: no inf - inf and no
