@@ -65,12 +65,12 @@ ANSWER_METRICS = (
 )  # fmt: skip
 
 
-def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return rows of each set, and where they are from."""
+def rows_of_tofu(counts: dict[str, int]) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Return so many rows of each set, and where they are from."""
     if os.environ.get("LOKU_DATA_DIR"):
         found = {}
         for name, source in tofu_sources().items():
-            records = list(load_records(source))[: ROWS[name]]
+            records = list(load_records(source))[: counts.get(name, 0)]
             found[name] = [_row(record) for record in records]
         return found, "TOFU"
     draw = random.Random(0)
@@ -83,7 +83,7 @@ def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], str]:
     made = {}
     for name, (question, answer) in lengths.items():
         made[name] = []
-        for _ in range(ROWS[name]):
+        for _ in range(counts.get(name, 0)):
             row: dict[str, Any] = {"question": text(question), "answer": text(answer)}
             row["perturbed_answer"] = [f"{row['answer'][:12]} {text(answer)}" for _ in range(5 if answer > 9 else 3)]
             made[name].append(row | ({"paraphrased_answer": text(answer)} if answer > 9 else {}))
@@ -128,8 +128,9 @@ def memorise(model: Any, examples: Sequence[Example], pad_id: int) -> int:
 class Bench:
     """The model, the rows as examples, and both ways of measuring them."""
 
-    def __init__(self) -> None:
-        self.rows, self.source = rows_of_tofu()
+    def __init__(self, counts: dict[str, int] = ROWS) -> None:
+        rows, self.source = rows_of_tofu(counts)
+        self.rows = {name: found for name, found in rows.items() if found}
         flat = [row for rows in self.rows.values() for row in rows]
         self.tokenizer = tokenizer_of([t for r in flat for t in (r["question"], r["answer"], *r["perturbed_answer"])])
         self.pad_id = self.tokenizer.pad_token_id
@@ -153,7 +154,7 @@ class Bench:
             self.others += encoded
             self.normalised += encoded if name in NORMALISED_SETS else []
         self.examples = [*self.answers, *(example for column in self.others for example in column)]
-        self.steps = memorise(self.model, self.answers[:LEARNT], self.pad_id)
+        self.steps = memorise(self.model, self.answers[: counts["forget"] + counts["retain"]], self.pad_id)
         self.model.eval()
         self.reading = reading_of(self.model)  # once per model
 

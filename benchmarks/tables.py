@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the committed JSON.
+"""Writes the tables of docs/performance.md, and the charts beside it, from the committed JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from plots import Panel, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -111,7 +113,113 @@ def models() -> str:
     return table(["model", "layers", "released", "loku"], rows)
 
 
+PARTS = {
+    "importance": "importance",
+    "initialisation": "initialisation",
+    "training": "training, one epoch",
+    "npo and kl": "a step of NPO and KL",
+    "scores": "log-probabilities",
+    "generation, before": "generation, memorised rows",
+    "generation, after": "generation, after unlearning",
+    "run": "**from start to report**",
+}
+
+
+def whole_run() -> str:
+    """Every part of a run against the released way."""
+    rows = []
+    for name, part in read("whole_run")["results"]["parts"].items():
+        times, peak = part["seconds"], part.get("peak_megabytes")
+        memory = [f"{peak['released']:.0f} MB", f"{peak['loku']:.0f} MB"] if peak else ["-", "-"]
+        rows.append(
+            [
+                PARTS[name],
+                f"{times['released']['median']:.2f}",
+                f"{times['loku']['median']:.2f}",
+                spread(part["times_faster"], 1),
+                *memory,
+            ]
+        )
+    return table(["part", "released, s", "loku, s", "times faster", "peak, released", "peak, loku"], rows)
+
+
+def reached() -> str:
+    """What was to be reached in the whole run, and what was."""
+    rows = [
+        [line["target"], f"{line['wanted']:.3g}", f"{line['value']:.3g}", "yes" if line["reached"] else "**no**"]
+        for line in read("whole_run")["results"]["targets"]
+    ]
+    return table(["target", "wanted", "found", "reached"], rows)
+
+
+def agreement() -> str:
+    """How far losses and gradients of the two ways are apart."""
+    rows = [
+        [name, str(number), f"{step['loss']:.0e}", f"{step['gradient']:.0e}"]
+        for name, steps in read("whole_run")["results"]["agreement"].items()
+        for number, step in enumerate(steps, start=1)
+    ]
+    return table(["losses", "step", "loss, relative", "gradient, relative"], rows)
+
+
+def profile() -> str:
+    """Where the seconds of a run go."""
+    parts = read("profile")["results"]
+    headings = list(parts["run"]["shares"])
+    headings += [name for part in parts.values() for name in part["shares"] if name not in headings]
+    headings = list(dict.fromkeys(headings))
+    rows = [
+        [
+            name,
+            f"{part['cpu_seconds']:.1f} s",
+            *(f"{part['shares'].get(heading, 0):.0%}" for heading in headings),
+            f"{part['product_rate'] / 1e9:.0f} G ({part['share_of_achievable_rate']:.0%})",
+        ]
+        for name, part in parts.items()
+    ]
+    return table(["part", "time", *headings, "operations a second in products"], rows)
+
+
+def scaling() -> str:
+    """Time and memory over rows, length, rank and model size."""
+    results = read("scaling")["results"]
+    rows = []
+    for one, other in zip(results[::2], results[1::2], strict=True):
+        rows.append([one["varied"], f"{one['value']:,}"])
+        for found in (one, other):
+            rows[-1] += [f"{found['seconds']:.2f} s", f"{found['peak_megabytes']:.0f} MB"]
+    return table(["varied", "value", "importance", "its peak", "training, one epoch", "its peak"], rows)
+
+
+def scaling_plot() -> str:
+    """The same as a chart."""
+    titles = {
+        "rows": ("forget rows", "rows"),
+        "length": ("sequence length", "tokens"),
+        "rank": ("rank", "rank"),
+        "model": ("model size", "parameters"),
+    }
+    results = read("scaling")["results"]
+    grids = []
+    for key, what in (("seconds", "CPU seconds"), ("peak_megabytes", "peak, MB")):
+        grids.append([])
+        for varied, (title, unit) in titles.items():
+            lines = {
+                part: [(r["value"], r[key]) for r in results if r["varied"] == varied and r["part"] == part]
+                for part in ("importance", "training")
+            }
+            grids[-1].append(Panel(f"{what}: {title}", unit, lines))
+    return grid(grids, "Time and memory of importance and training over rows, length, rank and model size")
+
+
+PLOTS = {"scaling.svg": scaling_plot}
+
 BLOCKS = {
+    "whole_run": whole_run,
+    "reached": reached,
+    "agreement": agreement,
+    "profile": profile,
+    "scaling": scaling,
     "head": head,
     "meeting": meeting,
     "importance": importance,
@@ -132,10 +240,16 @@ def filled(text: str) -> str:
 def main() -> None:
     """Rewrite the page, or check it."""
     text = PAGE.read_text(encoding="utf-8")
+    plots = {ROOT / "docs" / name: make() for name, make in PLOTS.items()}
     if sys.argv[1:] == ["--check"]:
         if filled(text) != text:
             raise SystemExit(f"{PAGE.name} does not say what the JSON says: run python benchmarks/tables.py")
+        for path, plot in plots.items():
+            if not path.is_file() or path.read_text(encoding="utf-8") != plot:
+                raise SystemExit(f"{path.name} does not show what the JSON says: run python benchmarks/tables.py")
         return
+    for path, plot in plots.items():
+        path.write_text(plot, encoding="utf-8")
     PAGE.write_text(filled(text), encoding="utf-8")
 
 

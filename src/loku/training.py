@@ -137,6 +137,7 @@ def _train(model: Any, subspaces: Subspaces, job: Job, run: RunFolder, options: 
             trainable={"parameters": total, "share": share},
             steps=trainer.total_steps(),
             plain_head=trainer.objective.forward.plain_because,
+            padded=trainer.objective.forward.padded_because,
         )
         with run.timed("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

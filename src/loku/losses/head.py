@@ -224,13 +224,8 @@ class _Sweep(torch.autograd.Function):
         if states is not None:
             g = _Gradients(g_others * torch.exp(-spread), g_label, g_choice, g_mean / weight.shape[0])
             d_weight, d_bias = _weight_gradient(states, weight, bias, targets, choice, runner_up, g, ctx.options)
-        return (
-            d_states,
-            d_weight if ctx.needs_input_grad[1] else None,
-            d_bias if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
+        wanted = ctx.needs_input_grad
+        return d_states, d_weight if wanted[1] else None, d_bias if wanted[2] else None, None, None
 
 
 def _slope(z: Tensor, softcap: float | None) -> Tensor | float:
@@ -269,9 +264,9 @@ def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, opti
         z = tile.logits
         if total is not None:
             total += z.sum(dim=1)
-        place = targets - tile.start  # no list of the labels in this tile: a GPU would have to be waited for
-        inside = ((place >= 0) & (place < z.shape[1])).unsqueeze(1)
-        place = place.clamp(0, z.shape[1] - 1).unsqueeze(1)
+        place = (targets - tile.start).unsqueeze(1)  # not a list of this tile's labels: it would hold up a GPU
+        inside = (place >= 0) & (place < z.shape[1])
+        place.clamp_(0, z.shape[1] - 1)
         z.scatter_(1, place, z.gather(1, place).masked_fill_(inside, masked))
         # The maximum by blocks: torch's argmax over a whole row costs ten times as much as amax.
         width = BLOCK if z.shape[1] % BLOCK == 0 else z.shape[1]
