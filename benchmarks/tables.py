@@ -154,12 +154,13 @@ def reached() -> str:
 
 def agreement() -> str:
     """How far losses and gradients of the two ways are apart."""
+    ways = ("loku float64", "loku float32", "released float32")
     rows = [
-        [name, str(number), f"{step['loss']:.0e}", f"{step['gradient']:.0e}"]
+        [name, str(number), *(f"{step[f'{way}, gradient']:.0e}" for way in ways)]
         for name, steps in read("whole_run")["results"]["agreement"].items()
         for number, step in enumerate(steps, start=1)
     ]
-    return table(["losses", "step", "loss, relative", "gradient, relative"], rows)
+    return table(["losses", "step", *ways], rows)
 
 
 def profile() -> str:
