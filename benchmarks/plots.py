@@ -56,7 +56,8 @@ def _panel(panel: Panel, left: float, top: float) -> str:
     parts = [f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#cccccc"/>']
     parts.append(f'<text x="{left}" y="{top - 10}" font-weight="bold" fill="#222222">{panel.title}</text>')
     parts.append(
-        f'<text x="{left + WIDTH / 2}" y="{top + HEIGHT + 34}" text-anchor="middle" fill="#555555">{panel.x_title}</text>'
+        f'<text x="{left + WIDTH / 2}" y="{top + HEIGHT + 34}" text-anchor="middle" fill="#555555">'
+        f"{panel.x_title}</text>"
     )
     for x in sorted({x for x, _ in points}):
         place = at(x, high_y)[0]

@@ -66,7 +66,8 @@ def attached(model: Any, factors: Mapping[str, Factors], rank: int, alpha: float
     with torch.no_grad():
         for name, factor in factors.items():
             layer = found.base_model.model.get_submodule(name)
-            layer.base_layer.weight -= alpha / rank * factor.B @ factor.A
+            W = layer.base_layer.weight
+            W -= alpha / rank * factor.B.to(W) @ factor.A.to(W)
             layer.lora_A["default"].weight.copy_(factor.A)
             layer.lora_B["default"].weight.copy_(factor.B)
     return found
@@ -106,7 +107,10 @@ def ihl_step(model: Any, pairs: Sequence[Pair], pad_id: int) -> float:
         )
         value, _ = inverted_hinge(model(**forget, use_cache=False).logits, forget["labels"])
         kept = model(**retain, use_cache=False)
-        loss = value / items[0] + kept.loss * int((retain["labels"][:, 1:] != IGNORE).sum()) / items[1]
+        nll = kept.loss * int((retain["labels"][:, 1:] != IGNORE).sum())
+        if kept.logits.dtype == torch.float64:  # the model's own loss is float32 whatever the logits are
+            nll = -answer_logprobs(kept.logits, retain["labels"]).sum()
+        loss = value / items[0] + nll / items[1]
         loss.backward()
         total += float(loss.detach())
     return total

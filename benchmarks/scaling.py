@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --output benchmarks/results/scaling.json        about 3 minutes on one core
 
-A Llama of 8 million parameters, 16 forget and 16 retain rows of 64 random tokens, rank 16; one of the four is changed at
-a time. Importance of all rows, then one epoch in batches of 8 + 8. CPU time of one thread, the least of some runs
+A Llama of 8 million parameters, 16 forget and 16 retain rows of 64 random tokens, rank 16; one of them is changed at a
+time. Importance of all rows, then one epoch in batches of 8 + 8. CPU time of one thread, the least of some runs
 (other work on the machine only adds), and the peak of torch's allocations above the start.
 """
 

@@ -17,9 +17,9 @@ of 2 + 2 rows, as its scripts do; loku its default, 8 + 8 in one pass.
 
 Both ways run in every round, one after the other; ratios are taken within a round. The clock is the process's CPU time
 on one thread, memory the peak of torch's allocations above the start of a part. Before that three steps are compared,
-with IHL and with NPO and KL: at each of them losses and gradients of both ways must agree in float64, and loku's float32
-must be no further from that than the released way's (tokens known by heart make both ill-conditioned: the gradient is
-proportional to 1 - p), or the benchmark fails.
+with IHL and with NPO and KL: at each of them losses and gradients of both ways must agree in float64, and those of loku
+in float32 must be no further from that than those of the released way (tokens known by heart make both
+ill-conditioned: the gradient is proportional to 1 - p), or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -70,9 +70,11 @@ class Compared:
         self.after: Any = None
 
     def layers(self) -> dict[str, Any]:
+        """Return the model's adapted layers."""
         return target_layers(self.model)
 
     def factors(self) -> dict[str, Factors]:
+        """Return the factors that training starts from."""
         return initial_factors(self.layers(), "fila", rank=RANK, scaling=ALPHA / RANK, importance=self.importance)
 
     def adapted(self, factors: dict[str, Factors]) -> Any:
@@ -81,6 +83,7 @@ class Compared:
         return attach(model, target_layers(model), factors, rank=RANK, alpha=ALPHA)
 
     def trainer(self, model: Any, folder: str, **settings: Any) -> UnlearnTrainer:
+        """Return loku's trainer for one epoch."""
         options = UnlearnOptions(
             batch_size=BATCH, epochs=1.0, learning_rate=RATE, save_steps=-1, warmup_steps=0, device="cpu"
         ).as_dict()
@@ -97,12 +100,15 @@ class Compared:
     # The parts, released and ours.
 
     def released_importance(self) -> None:
+        """Measure all rows as released."""
         released.importance(self.model, self.forget, self.retain)
 
     def loku_importance(self) -> None:
+        """Measure all rows as loku does."""
         estimate_importance(self.model, self.layers(), self.forget, self.retain, pad_id=self.pad_id)
 
     def released_initialisation(self) -> None:
+        """Factorise every layer as released."""
         released.initial_factors(self.model, self.official_rows, RANK, ALPHA / RANK)
 
     def trained(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -116,9 +122,11 @@ class Compared:
         )
 
     def released_scores(self, model: Any) -> list[Tensor]:
+        """Score every candidate as released."""
         return released.scored(model, [self.bench.answers, *self.bench.others], self.pad_id)
 
     def loku_scores(self) -> list[Any]:
+        """Score every candidate by the engine."""
         bench = self.bench
         eos_ids = end_ids(self.model, bench.tokenizer)
         return score(self.model, bench.examples, pad_id=self.pad_id, eos_ids=eos_ids, reading=bench.reading)
@@ -132,6 +140,7 @@ class Compared:
             self.bench.model = self.model
 
     def loku_generated(self, model: Any, scores: Sequence[Any]) -> list[list[int]]:
+        """Generate every answer from what its scores tell."""
         self.bench.model = model
         try:
             return self.bench.engine_generation(range(len(self.bench.answers)), scores)
@@ -369,7 +378,7 @@ def main() -> None:
     for name, part in found["parts"].items():
         peak = part.get("peak_megabytes", {"released": 0, "loku": 0})
         print(
-            f"{name:20} {part['times_faster']['median']:6.2f} times faster ({part['seconds']['loku']['median']:.2f} s), "
+            f"{name:20} {part['times_faster']['median']:6.2f} times faster, {part['seconds']['loku']['median']:.2f} s, "
             f"{peak['released']:.0f} -> {peak['loku']:.0f} MB"
         )
     for line in found["targets"]:
