@@ -26,6 +26,11 @@ def read(name: str) -> dict[str, Any]:
     return found
 
 
+def recorded(name: str) -> bool:
+    """Whether a result was committed."""
+    return (ROOT / "benchmarks" / "results" / f"{name}.json").is_file()
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -189,7 +194,10 @@ def scaling() -> str:
         rows.append([one["varied"], f"{one['value']:,}"])
         for found in (one, other):
             rows[-1] += [f"{found['seconds']:.2f} s", f"{found['peak_megabytes']:.0f} MB"]
-    return table(["varied", "value", "importance", "its peak", "training, one epoch", "its peak"], rows)
+    chart = "![Time and memory over rows, length, rank and model size](scaling.svg)"
+    return f"{chart}\n\n" + table(
+        ["varied", "value", "importance", "its peak", "training, one epoch", "its peak"], rows
+    )
 
 
 def scaling_plot() -> str:
@@ -213,7 +221,8 @@ def scaling_plot() -> str:
     return grid(grids, "Time and memory of importance and training over rows, length, rank and model size")
 
 
-PLOTS = {"scaling.svg": scaling_plot}
+PLOTS = {"scaling": scaling_plot}
+FROM = {"reached": "whole_run", "agreement": "whole_run", "models": "factorisation"}  # blocks of another's file
 
 BLOCKS = {
     "whole_run": whole_run,
@@ -233,7 +242,9 @@ def filled(text: str) -> str:
     """Return a page with every block made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+        name = match[1]
+        made = BLOCKS[name]() if recorded(FROM.get(name, name)) else "*Not recorded yet.*"
+        return f"<!-- {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
@@ -241,7 +252,7 @@ def filled(text: str) -> str:
 def main() -> None:
     """Rewrite the page, or check it."""
     text = PAGE.read_text(encoding="utf-8")
-    plots = {ROOT / "docs" / name: make() for name, make in PLOTS.items()}
+    plots = {ROOT / "docs" / f"{name}.svg": make() for name, make in PLOTS.items() if recorded(name)}
     if sys.argv[1:] == ["--check"]:
         if filled(text) != text:
             raise SystemExit(f"{PAGE.name} does not say what the JSON says: run python benchmarks/tables.py")
