@@ -67,11 +67,11 @@ ANSWER_METRICS = (
 )  # fmt: skip
 
 
-def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
-    """Return some rows of each set, the texts of all rows, and where they are from."""
+def rows_of_tofu(counts: dict[str, int]) -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
+    """Return so many rows of each set, the texts of all rows, and where they are from."""
     if os.environ.get("LOKU_DATA_DIR"):
         sets = {name: [_row(record) for record in load_records(source)] for name, source in tofu_sources().items()}
-        return {name: rows[: ROWS[name]] for name, rows in sets.items()}, _texts(sets), "TOFU"
+        return {name: rows[: counts.get(name, 0)] for name, rows in sets.items()}, _texts(sets), "TOFU"
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 8))) for _ in range(2000)]
     lengths = {"forget": (16, 34), "retain": (16, 34), "real_authors": (9, 3), "world_facts": (9, 3)}
@@ -82,7 +82,7 @@ def rows_of_tofu() -> tuple[dict[str, list[dict[str, Any]]], list[str], str]:
     made = {}
     for name, (question, answer) in lengths.items():
         made[name] = []
-        for _ in range(ROWS[name]):
+        for _ in range(counts.get(name, 0)):
             row: dict[str, Any] = {"question": text(question), "answer": text(answer)}
             row["perturbed_answer"] = [f"{row['answer'][:12]} {text(answer)}" for _ in range(5 if answer > 9 else 3)]
             made[name].append(row | ({"paraphrased_answer": text(answer)} if answer > 9 else {}))
@@ -132,8 +132,9 @@ def memorise(model: Any, examples: Sequence[Example], pad_id: int) -> int:
 class Bench:
     """The model, the rows as examples, and both ways of measuring them."""
 
-    def __init__(self) -> None:
-        self.rows, texts, self.source = rows_of_tofu()
+    def __init__(self, counts: dict[str, int] = ROWS) -> None:
+        rows, texts, self.source = rows_of_tofu(counts)
+        self.rows = {name: found for name, found in rows.items() if found}
         self.tokenizer = tokenizer_of(texts)
         self.pad_id = self.tokenizer.pad_token_id
         self.model = model_30m()
@@ -156,7 +157,7 @@ class Bench:
             self.others += encoded
             self.normalised += encoded if name in NORMALISED_SETS else []
         self.examples = [*self.answers, *(example for column in self.others for example in column)]
-        self.steps = memorise(self.model, self.answers[:LEARNT], self.pad_id)
+        self.steps = memorise(self.model, self.answers[: counts["forget"] + counts["retain"]], self.pad_id)
         self.model.eval()
         self.reading = reading_of(self.model)  # once per model
 

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/ablation.md from the committed JSON.
+"""Writes the tables of docs/performance.md and docs/ablation.md, and the charts beside them, from the committed JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+from plots import Panel, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md")]
@@ -24,6 +25,11 @@ def read(name: str) -> dict[str, Any]:
     """Return a committed result."""
     found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def recorded(name: str) -> bool:
+    """Whether a result was committed."""
+    return (ROOT / "benchmarks" / "results" / f"{name}.json").is_file()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -124,7 +130,118 @@ def evaluation() -> str:
     return table(["part", "against", "times faster", "the engine's own time"], rows)
 
 
+PARTS = {
+    "importance": "importance",
+    "initialisation": "initialisation",
+    "training": "training, one epoch",
+    "npo and kl": "a step of NPO and KL",
+    "scores": "log-probabilities",
+    "generation, before": "generation, memorised rows",
+    "generation, after": "generation, after unlearning",
+    "run": "**from start to report**",
+}
+
+
+def whole_run() -> str:
+    """Every part of a run against the released way."""
+    rows = []
+    for name, part in read("whole_run")["results"]["parts"].items():
+        times, peak = part["seconds"], part.get("peak_megabytes")
+        memory = [f"{peak['released']:.0f} MB", f"{peak['loku']:.0f} MB"] if peak else ["-", "-"]
+        rows.append(
+            [
+                PARTS[name],
+                f"{times['released']['median']:.2f}",
+                f"{times['loku']['median']:.2f}",
+                spread(part["times_faster"], 1),
+                *memory,
+            ]
+        )
+    return table(["part", "released, s", "loku, s", "times faster", "peak, released", "peak, loku"], rows)
+
+
+def reached() -> str:
+    """What was to be reached in the whole run, and what was."""
+    rows = [
+        [line["target"], f"{line['wanted']:.3g}", f"{line['value']:.3g}", "yes" if line["reached"] else "**no**"]
+        for line in read("whole_run")["results"]["targets"]
+    ]
+    return table(["target", "wanted", "found", "reached"], rows)
+
+
+def agreement() -> str:
+    """How far losses and gradients of the two ways are apart."""
+    ways = ("loku float64", "loku float32", "released float32")
+    rows = [
+        [name, str(number), *(f"{step[f'{way}, gradient']:.0e}" for way in ways)]
+        for name, steps in read("whole_run")["results"]["agreement"].items()
+        for number, step in enumerate(steps, start=1)
+    ]
+    return table(["losses", "step", *ways], rows)
+
+
+def profile() -> str:
+    """Where the seconds of a run go."""
+    parts = read("profile")["results"]
+    headings = list(parts["run"]["shares"])
+    headings += [name for part in parts.values() for name in part["shares"] if name not in headings]
+    headings = list(dict.fromkeys(headings))
+    rows = [
+        [
+            name,
+            f"{part['cpu_seconds']:.1f} s",
+            *(f"{part['shares'].get(heading, 0):.0%}" for heading in headings),
+            f"{part['product_rate'] / 1e9:.0f} G ({part['share_of_achievable_rate']:.0%})",
+        ]
+        for name, part in parts.items()
+    ]
+    return table(["part", "time", *headings, "operations a second in products"], rows)
+
+
+def scaling() -> str:
+    """Time and memory over rows, length, rank and model size."""
+    results = read("scaling")["results"]
+    rows = []
+    for one, other in zip(results[::2], results[1::2], strict=True):
+        rows.append([one["varied"], f"{one['value']:,}"])
+        for found in (one, other):
+            rows[-1] += [f"{found['seconds']:.2f} s", f"{found['peak_megabytes']:.0f} MB"]
+    chart = "![Time and memory over rows, length, rank and model size](scaling.svg)"
+    return f"{chart}\n\n" + table(
+        ["varied", "value", "importance", "its peak", "training, one epoch", "its peak"], rows
+    )
+
+
+def scaling_plot() -> str:
+    """The same as a chart."""
+    titles = {
+        "rows": ("forget rows", "rows"),
+        "length": ("sequence length", "tokens"),
+        "rank": ("rank", "rank"),
+        "model": ("model size", "parameters"),
+    }
+    results = read("scaling")["results"]
+    grids = []
+    for key, what in (("seconds", "CPU seconds"), ("peak_megabytes", "peak, MB")):
+        grids.append([])
+        for varied, (title, unit) in titles.items():
+            lines = {
+                part: [(r["value"], r[key]) for r in results if r["varied"] == varied and r["part"] == part]
+                for part in ("importance", "training")
+            }
+            grids[-1].append(Panel(f"{what}: {title}", unit, lines))
+    return grid(grids, "Time and memory of importance and training over rows, length, rank and model size")
+
+
+PLOTS = {"scaling": scaling_plot}
+FROM = {"reached": "whole_run", "agreement": "whole_run", "models": "factorisation"}  # blocks of another's file
+
 BLOCKS = {
+    "whole_run": whole_run,
+    "reached": reached,
+    "agreement": agreement,
+    "profile": profile,
+    "scaling": scaling,
     "head": head,
     "head_cuda": lambda: head("head_cuda"),
     "meeting": meeting,
@@ -140,20 +257,22 @@ def filled(text: str) -> str:
     """Return a page with every block made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+        name = match[1]
+        made = BLOCKS[name]() if name in ablation.BLOCKS or recorded(FROM.get(name, name)) else "*Not recorded yet.*"
+        return f"<!-- {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    """Rewrite the pages, or check them."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        if sys.argv[1:] == ["--check"]:
-            if filled(text) != text:
-                raise SystemExit(f"{page.name} does not say what the JSON says: run python benchmarks/tables.py")
-        else:
-            page.write_text(filled(text), encoding="utf-8")
+    """Rewrite the pages and charts, or check them."""
+    pages = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    plots = {ROOT / "docs" / f"{name}.svg": make() for name, make in PLOTS.items() if recorded(name)}
+    for path, text in (pages | plots).items():
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"{path.name} does not say what the JSON says: run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

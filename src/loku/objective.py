@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loku.data.batching import PARTS, Plan
 from loku.data.encoding import Example
+from loku.data.packing import is_laid_out
 from loku.errors import InputError, suggestion
 from loku.forward import Batch, Forward, count_items, every_token, text_config, token_weights
+from loku.losses.head import check_targets
 from loku.losses.hidden import control_direction
-from loku.losses.positions import count_tokens
+from loku.losses.positions import IGNORE, count_tokens
 from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES, Loss
 from loku.target_values import TargetValues, weighted_sum
 
@@ -50,16 +53,21 @@ class Term:
         """Whether the loss takes the named input."""
         return name in self.loss.needs
 
-    def count(self, batch: Batch, alternate: Batch | None) -> Tensor:
+    def count(self, batch: Batch, alternate: Batch | None) -> float:
         """Return what the loss averages over in a batch: tokens (or their weights), or sequences."""
         if self.loss.unit == "sequence":
-            return torch.tensor(float(len(batch["labels"])))
+            return float(len(batch["rows"] if is_laid_out(batch) else batch["labels"]))
         if self.loss.unit == "alternate":
             assert alternate is not None
             return count_items(alternate)
-        if self.loss.unit == "position":
-            return count_tokens(every_token(batch))
+        if self.loss.unit == "position" and not is_laid_out(batch):
+            return float(count_tokens(every_token(batch)))
         return count_items(batch)
+
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Return which of its rows, "own" and "alternate", the loss runs the model on, and what for."""
+        own = tuple(need for need in self.loss.needs if need in ("scores", "positions", "hidden", "logits"))
+        return {"own": own, "alternate": ("scores",) if self.needs("alternate") else ()}
 
 
 def on_logits(function: OnLogits) -> Callable[..., Tensor]:
@@ -74,8 +82,8 @@ def on_logits(function: OnLogits) -> Callable[..., Tensor]:
 class Objective:
     """Both terms, and the target model's values that they compare with.
 
-    `layer` is the decoder layer that losses on hidden states look at. `level` holds, for every forget example, its
-    tokens' log-probabilities under a model that IHL should not undercut.
+    Where a batch has a `level`, the forget tokens' log-probabilities under a model that IHL should not undercut, IHL
+    takes it.
     """
 
     def __init__(
@@ -86,19 +94,47 @@ class Objective:
         forget: Term,
         retain: Term,
         seed: int = 0,
-        level: Sequence[Tensor] | None = None,
     ) -> None:
         self.forward = forward
         self.forget = forget
         self.retain = retain
-        self.level = level
         copies = any(term.needs(name) for term in (forget, retain) for name in COPIED)
         self.target = TargetValues(model, forward, copies=copies)
+        self.parts = dict(zip(PARTS, [*forget.reads().values(), *retain.reads().values()], strict=True))
         self.sums: Tensor | None = None
         self.alternate_sums: Tensor | None = None
         self.direction: Tensor | None = None
         if forget.needs("direction"):
             self.direction = control_direction(text_config(model).hidden_size, seed)
+
+    def check_vocabulary(self, *groups: Any) -> None:
+        """Raise InputError for labels that are no token of the model: later nobody looks, to wait for no GPU.
+
+        Each group is a list of examples, of lists of examples, or None.
+        """
+        if self.forward.head is None:
+            return
+        flat = [e for group in groups for item in group or () for e in (item if isinstance(item, list) else [item])]
+        found = {label for example in flat for label in example.labels if label != IGNORE}
+        check_targets(torch.tensor([min(found, default=0), max(found, default=0)]), self.forward.head.vocab_size)
+
+    def plan(self, *, together: bool) -> Plan:
+        """Return how the collator lays out each part of a batch.
+
+        `together` allows one forward pass for all parts. That is made where every loss looks at token scores alone:
+        values of the target model and hidden states come from passes of their own.
+        """
+        layout = self.forward.layout
+        laid_out = {part for part, read in self.parts.items() if layout is not None and "logits" not in read}
+        shared = together and all(set(read) <= {"scores"} for read in self.parts.values()) and len(laid_out) == 4
+        return Plan(
+            layout=layout,
+            laid_out=frozenset(laid_out),
+            together=shared,
+            read=frozenset(part for part, read in self.parts.items() if read),
+            whole=frozenset(part for part, read in self.parts.items() if "hidden" in read),
+            every=frozenset({"forget"} if self.forget.loss.unit == "position" else ()),
+        )
 
     def prepare(
         self,
@@ -137,8 +173,8 @@ class Objective:
     def _value(self, term: Term, model: nn.Module, batch: Batch, alternate: Batch | None, items: Tensor) -> Tensor:
         found = _Inputs(self, term, model, batch, alternate)
         more: dict[str, Any] = {"weights": token_weights(batch)} if term.loss.takes_weights else {}
-        if term.name == "ihl" and self.level is not None:
-            more["level"] = found.level()
+        if term.name == "ihl" and "level" in batch:
+            more["level"] = batch["level"]
         arguments = [getattr(found, name)() for name in term.loss.needs]
         return term.loss.function(*arguments, num_items=items, **term.options, **more)
 
@@ -154,8 +190,6 @@ class _Inputs:
         self.model = model
         self.batch = batch
         self.others = alternate
-        self.device = batch["input_ids"].device
-        self._positions: Any = None
 
     def scores(self) -> Any:
         return self.objective.forward.scores(
@@ -168,12 +202,16 @@ class _Inputs:
 
     def reference(self) -> Tensor:
         assert self.objective.sums is not None
-        return self.objective.sums.to(self.device)[self.batch["position"]]
+        position = self.batch["position"]
+        self.objective.sums = self.objective.sums.to(position.device)  # copied once, at the first step
+        return self.objective.sums[position]
 
     def alternate_reference(self) -> Tensor:
         assert self.objective.alternate_sums is not None
         assert self.others is not None
-        return self.objective.alternate_sums.to(self.device)[self.batch["position"], self.others["draw"]]
+        position = self.batch["position"]
+        self.objective.alternate_sums = self.objective.alternate_sums.to(position.device)
+        return self.objective.alternate_sums[position, self.others["draw"]]
 
     def positions(self) -> Any:
         return self.objective.forward.positions(self.model, self.batch)
@@ -189,11 +227,8 @@ class _Inputs:
 
     def direction(self) -> Tensor:
         assert self.objective.direction is not None
-        return self.objective.direction.to(self.device)
-
-    def level(self) -> Tensor:
-        assert self.objective.level is not None
-        return torch.cat([self.objective.level[place] for place in self.batch["position"].tolist()]).to(self.device)
+        self.objective.direction = self.objective.direction.to(self.batch["position"].device)
+        return self.objective.direction
 
     def logits(self) -> Tensor:
         return self.objective.forward.logits(self.model, self.batch)

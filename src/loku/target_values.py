@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from loku.adapters.anchor import target_model
 from loku.data.batching import pad_batch
 from loku.data.encoding import Example
+from loku.data.packing import lay_out, part_of_batch, read_ids, to_device
 from loku.files import json_line, replace_file
 from loku.forward import Batch, Forward
 from loku.losses.positions import IGNORE
@@ -40,6 +41,7 @@ class TargetValues:
         self.copy: nn.Module | None = None
         if copies and not isinstance(model, PeftModel):
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+            self.forward = forward.of_copy(self.copy)
 
     @contextmanager
     def _target(self) -> Iterator[nn.Module]:
@@ -81,14 +83,20 @@ class TargetValues:
             device = next(model.parameters()).device
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
-                batch = pad_batch([examples[place] for place in places], pad_id)
-                scores = self.forward.scores(model, {key: value.to(device) for key, value in batch.items()})
+                batch = self._batch([examples[place] for place in places], pad_id)
+                scores = self.forward.scores(model, to_device(batch, device))
                 counts = [sum(label != IGNORE for label in examples[place].labels[1:]) for place in places]
                 for place, values in zip(places, scores.label_logprob.cpu().split(counts), strict=True):
                     found[place] = values.clone()
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
         return found
+
+    def _batch(self, examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+        if self.forward.layout is None:
+            return pad_batch(examples, pad_id)
+        blocks, starts = lay_out([read_ids(example) for example in examples], self.forward.layout, pad_id)
+        return part_of_batch(examples, starts) | {"blocks": blocks}
 
 
 def weighted_sum(example: Example, logprobs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from loku.adapters.anchor import restore, save_checkpoint
+from loku.adapters.folded import folded
 from loku.adapters.penalty import Orthogonality
 from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
@@ -45,8 +46,9 @@ class UnlearnTrainer(GuardedTrainer):
     Values of the target model are computed once here, before the first step, or with the adapters off; no second model
     is loaded, unless all weights are trained and a loss needs full distributions or hidden states.
 
-    Losses on scores never build the tokens x vocabulary logits where the model's head allows it; `plain_head` takes the
-    plain path instead.
+    Losses on scores never build the tokens x vocabulary logits where the model's head allows it, and sequences stand
+    side by side without padding, forget and retain rows in one forward pass, where the model's attention allows it;
+    `plain_head` takes the plain path instead (logits of padded rows), `packed=False` pads.
 
     Checkpoints hold both adapters of an anchored model, and resuming restores both. The training stops with a
     DivergenceError as soon as a loss is not finite or its size exceeds `max_loss` (nats per item).
@@ -79,21 +81,25 @@ class UnlearnTrainer(GuardedTrainer):
         retain_bound: float | None = None,
         dual_rate: float = 1.0,
         plain_head: bool = False,
+        packed: bool = True,
         max_loss: float = 1000.0,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.weights = [forget_weight, retain_weight if retain is not None else 0.0]
         self.penalty = Orthogonality.checked(model, orthogonality, subspaces)
         self.meeting = Meeting.named(combine, bound=retain_bound, rate=dual_rate)
-        forward = Forward(model, layer=layer if layer is not None else _middle_layer(model), plain=plain_head)
+        forward = Forward(
+            model, layer=layer if layer is not None else _middle_layer(model), plain=plain_head, packed=packed
+        )
         self.objective = Objective(
             model,
             forward,
             forget=forget_term(forget_loss, forget_options),
             retain=retain_term(retain_loss, retain_options),
             seed=args.seed,
-            level=level,
         )
+        self.objective.check_vocabulary(forget, retain, alternates, retain_alternates)
+        together = self.meeting.combiner is None and bool(forget_weight)
         _check_alternates(self.objective.forget, alternates, "alternates")
         if self.weights[1]:
             _check_alternates(self.objective.retain, retain_alternates, "retain_alternates")
@@ -114,7 +120,7 @@ class UnlearnTrainer(GuardedTrainer):
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=PairedCollator(pad_id),
+            data_collator=PairedCollator(pad_id, self.objective.plan(together=together), level),
             callbacks=[
                 _Epochs(dataset),
                 *([_DualAscent(self)] if retain_bound is not None else []),
@@ -126,12 +132,12 @@ class UnlearnTrainer(GuardedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Count what the two losses average over, in all micro-batches of the step and all processes."""
-        counts = torch.zeros(2)
+        found = [0.0, 0.0]
         for batch in batch_samples:
-            counts[0] += self.objective.forget.count(batch["forget"], batch.get("alternate")).cpu()
+            found[0] += self.objective.forget.count(batch["forget"], batch.get("alternate"))
             if "retain" in batch:
-                counts[1] += self.objective.retain.count(batch["retain"], batch.get("retain_alternate")).cpu()
-        counts = counts.to(device)
+                found[1] += self.objective.retain.count(batch["retain"], batch.get("retain_alternate"))
+        counts = torch.tensor(found).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
         return counts.clamp(min=1e-6)
@@ -160,7 +166,7 @@ class UnlearnTrainer(GuardedTrainer):
         if items is None:
             items = self._get_num_items_in_batch([inputs], self.args.device)
         assert items is not None
-        count = self.objective.forget.count(inputs["forget"], inputs.get("alternate")).to(items)
+        count = self.objective.forget.count(inputs["forget"], inputs.get("alternate"))
         value: Tensor = self.penalty(self.accelerator.unwrap_model(model)) * (count / items[0])
         self._sums["orthogonality"] += value.detach()
         return value
@@ -173,6 +179,9 @@ class UnlearnTrainer(GuardedTrainer):
             items = self._get_num_items_in_batch([inputs], self.args.device)
         assert items is not None
         counted: Tensor = items
+        if "blocks" in inputs:  # one forward pass for all parts
+            states = self.objective.forward.states(model, inputs["blocks"])
+            inputs = {p: {**value, "states": states} for p, value in inputs.items() if p != "blocks"}
 
         def forget() -> Tensor | None:
             if not self.weights[0]:
@@ -194,8 +203,12 @@ class UnlearnTrainer(GuardedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Make one micro-batch's step; with a combiner the two gradients are kept apart until the last micro-batch."""
-        if self.meeting.combiner is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with folded(self.accelerator.unwrap_model(model)):
+            if self.meeting.combiner is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._combined_step(model, inputs, num_items_in_batch)
+
+    def _combined_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
         total = torch.zeros((), device=self.args.device)

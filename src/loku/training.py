@@ -154,6 +154,7 @@ def _train(
             trainable={"parameters": total, "share": share},
             steps=trainer.total_steps(),
             plain_head=trainer.objective.forward.plain_because,
+            padded=trainer.objective.forward.padded_because,
         )
         if watch is None:
             with run.timed("training"):

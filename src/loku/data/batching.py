@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loku.data.encoding import IGNORE, Example
+from loku.data.packing import Layout, lay_out, part_of_batch, read_ids
 
 PARTS = ("forget", "alternate", "retain", "retain_alternate")
 
@@ -88,18 +90,67 @@ class PairedDataset(Dataset[dict[str, Any]]):
         return self._permutations[cycle]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each part of a batch. Parts that are not `laid_out` (`part_of_batch`) are padded (`pad_batch`).
+
+    `read` are the parts that the model runs on: each in blocks of its own, or with `together` all in one list of
+    blocks. Of those in `whole` the last token is read, too; of those in `every` all tokens are supervised.
+    """
+
+    layout: Layout | None = None
+    laid_out: frozenset[str] = frozenset()
+    together: bool = False
+    read: frozenset[str] = frozenset(PARTS)
+    whole: frozenset[str] = frozenset()
+    every: frozenset[str] = frozenset()
+
+
 class PairedCollator:
-    """Pads the parts of each item on their own: forget, retain, and the alternates of both, where they are there."""
+    """Makes batches of the parts of each item: forget, retain, and the alternates of both, where they are there.
 
-    def __init__(self, pad_id: int) -> None:
+    `level` holds what IHL compares each forget example's tokens with, by place in the forget list.
+    """
+
+    def __init__(self, pad_id: int, plan: Plan | None = None, level: Sequence[Tensor] | None = None) -> None:
         self.pad_id = pad_id
+        self.plan = plan or Plan()
+        self.level = level
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return one batch. Of forget rows, `position` is the place in the forget list, `index` the record's."""
-        parts = [part for part in PARTS if part in items[0]]
-        batch = {part: pad_batch([item[part] for item in items], self.pad_id) for part in parts}
+        rows = {part: [item[part] for item in items] for part in PARTS if part in items[0]}
+        batch: dict[str, Any] = {p: pad_batch(r, self.pad_id) for p, r in rows.items() if p not in self.plan.laid_out}
+        laid_out = {part: examples for part, examples in rows.items() if part in self.plan.laid_out}
+        read = {part: examples for part, examples in laid_out.items() if part in self.plan.read}
+        for group in [read] if self.plan.together else [{part: examples} for part, examples in read.items()]:
+            blocks, parts = self._lay_out(group)
+            batch |= parts
+            if self.plan.together:
+                batch["blocks"] = blocks
+            else:
+                batch[next(iter(group))]["blocks"] = blocks
+        for part in laid_out.keys() - read.keys():
+            batch[part] = part_of_batch(laid_out[part], None, every=part in self.plan.every)
         batch["forget"]["index"] = torch.tensor([item["forget"].index for item in items])
         batch["forget"]["position"] = torch.tensor([item["position"] for item in items])
+        if self.level is not None:
+            batch["forget"]["level"] = torch.cat([self.level[item["position"]] for item in items])
         if "alternate" in batch:
             batch["alternate"]["draw"] = torch.tensor([item["draw"] for item in items])
         return batch
+
+    def _lay_out(self, group: dict[str, list[Example]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        plan = self.plan
+        assert plan.layout is not None
+        sequences = [
+            read_ids(example, every=part in plan.every, whole=part in plan.whole)
+            for part, examples in group.items()
+            for example in examples
+        ]
+        blocks, starts = lay_out(sequences, plan.layout, self.pad_id)
+        parts: dict[str, Any] = {}
+        for part, examples in group.items():
+            parts[part] = part_of_batch(examples, starts[: len(examples)], every=part in plan.every)
+            starts = starts[len(examples) :]
+        return blocks, parts

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loku.errors import InputError
-from loku.losses.positions import select, widest
+from loku.losses.positions import Selection, select, widest
 from loku.losses.scores import Extra, TokenScores, check_extras
 
 BLOCK = 64
@@ -47,22 +47,39 @@ def scores_from_hidden(
 
     Values and gradients are those of `scores_from_logits`, to rounding. Second derivatives are not available.
     """
-    check_extras(need)
     chosen = select(labels)
+    check_targets(chosen.targets, weight.shape[0])
+    return scores_of_states(chosen.pick(hidden), chosen, weight, bias, softcap=softcap, need=need, tile=tile)
+
+
+def check_targets(targets: Int[Tensor, " tokens"], vocab_size: int) -> None:
+    """Raise InputError for targets that are no token of the vocabulary."""
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < vocab_size:
+        raise InputError(
+            f"A label lies outside the vocabulary of {vocab_size} tokens: they span "
+            f"{int(targets.min())} to {int(targets.max())}.",
+            "Check that the tokenizer belongs to the model; positions to ignore are -100.",
+        )
+
+
+def scores_of_states(
+    states: Float[Tensor, "tokens d"],
+    chosen: Selection,
+    weight: Float[Tensor, "vocab d"],
+    bias: Float[Tensor, " vocab"] | None = None,
+    *,
+    softcap: float | None = None,
+    need: Collection[Extra] = (),
+    tile: int | None = None,
+) -> TokenScores:
+    """Do what `scores_from_hidden` does for states that were picked already; targets are not checked."""
+    check_extras(need)
     if tile is None:
         tile = default_tile(weight.shape[1], weight.dtype, weight.device.type, chosen.targets.numel())
     if tile < 1:
         raise InputError(f"tile={tile} is not a number of vocabulary columns.", "Give a whole number of at least 1.")
-    vocab_size = weight.shape[0]
-    if chosen.targets.numel() and not 0 <= int(chosen.targets.min()) <= int(chosen.targets.max()) < vocab_size:
-        raise InputError(
-            f"A label lies outside the vocabulary of {vocab_size} tokens: they span "
-            f"{int(chosen.targets.min())} to {int(chosen.targets.max())}.",
-            "Check that the tokenizer belongs to the model; positions to ignore are -100.",
-        )
-    learns = torch.is_grad_enabled() and hidden.requires_grad
+    learns = torch.is_grad_enabled() and states.requires_grad
     options = _Options(softcap, "mean_logit" in need, "expected_other" in need, tile, learns)
-    states = chosen.pick(hidden)
     target, runner_up, spread, mean_logit, expected_other = _Sweep.apply(states, weight, bias, chosen.targets, options)
     return TokenScores(
         target=target,
@@ -70,8 +87,8 @@ def scores_from_hidden(
         spread=spread,
         targets=chosen.targets,
         sequence=chosen.sequence,
-        batch_size=labels.shape[0],
-        vocab_size=vocab_size,
+        batch_size=chosen.shape[0],
+        vocab_size=weight.shape[0],
         mean_logit=mean_logit,
         expected_other=expected_other,
     )
@@ -211,13 +228,8 @@ class _Sweep(torch.autograd.Function):
         if states is not None:
             g = _Gradients(g_others * torch.exp(-spread), g_label, g_choice, g_mean / weight.shape[0])
             d_weight, d_bias = _weight_gradient(states, weight, bias, targets, choice, runner_up, g, ctx.options)
-        return (
-            d_states,
-            d_weight if ctx.needs_input_grad[1] else None,
-            d_bias if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
+        wanted = ctx.needs_input_grad
+        return d_states, d_weight if wanted[1] else None, d_bias if wanted[2] else None, None, None
 
 
 def _slope(z: Tensor, softcap: float | None) -> Tensor | float:
@@ -238,7 +250,7 @@ class _Sums:
 
 
 def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: _Options) -> _Sums:
-    vocab, d = weight.shape
+    d = weight.shape[1]
     rows = torch.arange(h.shape[0], device=h.device)
     floor = _floor(h.dtype)
     # The label is masked with a large finite number, under a maximum that starts lower still: no inf - inf and no
@@ -252,12 +264,14 @@ def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, opti
     total_weight = None
     if options.mean_logit and options.learns:
         total_weight = h.new_zeros(d) if options.softcap is None else torch.zeros_like(h)
-    labels_in = _by_tile(targets, vocab, options.tile)
-    for tile, here in zip(_tiles(h, weight, bias, options.softcap, options.tile), labels_in, strict=True):
+    for tile in _tiles(h, weight, bias, options.softcap, options.tile):
         z = tile.logits
         if total is not None:
             total += z.sum(dim=1)
-        z[here, targets[here] - tile.start] = masked
+        place = (targets - tile.start).unsqueeze(1)  # not a list of this tile's labels: it would hold up a GPU
+        inside = (place >= 0) & (place < z.shape[1])
+        place.clamp_(0, z.shape[1] - 1)
+        z.scatter_(1, place, z.gather(1, place).masked_fill_(inside, masked))
         # The maximum by blocks: torch's argmax over a whole row costs ten times as much as amax.
         width = BLOCK if z.shape[1] % BLOCK == 0 else z.shape[1]
         blocks = z.view(z.shape[0], z.shape[1] // width, width)

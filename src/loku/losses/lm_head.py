@@ -13,9 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from loku.errors import InputError
-from loku.losses.head import scores_from_hidden
+from loku.losses.head import scores_from_hidden, scores_of_states
+from loku.losses.positions import Selection, widest
 from loku.losses.scores import Extra, TokenScores
 
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # of sequences side by side, for flash
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *BORDERS)
 SPREAD = 50.0  # standard deviation of the logits that the check provokes: no soft cap or scale hides at that size
 
 
@@ -29,6 +32,11 @@ class HeadSpec:
     module: nn.Linear
     softcap: float | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that it scores."""
+        return self.module.weight.shape[0]
+
     def scores(
         self,
         hidden: Float[Tensor, "batch seq d"],
@@ -38,6 +46,20 @@ class HeadSpec:
     ) -> TokenScores:
         """Score the supervised positions from the states that enter the head (`scores_from_hidden`)."""
         return scores_from_hidden(hidden, labels, self.module.weight, self.module.bias, softcap=self.softcap, need=need)
+
+    def scores_of(
+        self, states: Float[Tensor, "tokens d"], chosen: Selection, need: Collection[Extra] = ()
+    ) -> TokenScores:
+        """Score positions from their states (`scores_of_states`)."""
+        return scores_of_states(states, chosen, self.module.weight, self.module.bias, softcap=self.softcap, need=need)
+
+    def logits(self, states: Float[Tensor, "*n d"]) -> Float[Tensor, "*n vocab"]:
+        """Return the logits of states, in float32 at least."""
+        weight, bias = self.module.weight, self.module.bias
+        exact = widest(states, weight)
+        with torch.autocast(states.device.type, enabled=False):
+            z = F.linear(states.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def lm_head_of(model: nn.Module) -> HeadSpec | str:
@@ -64,7 +86,7 @@ def lm_head_of(model: nn.Module) -> HeadSpec | str:
         return f"the check of its head failed ({type(error).__name__}: {message})"
 
 
-def last_hidden_state(model: nn.Module, batch: Mapping[str, Tensor], head: HeadSpec) -> Float[Tensor, "batch seq d"]:
+def last_hidden_state(model: nn.Module, batch: Mapping[str, Any], head: HeadSpec) -> Float[Tensor, "batch seq d"]:
     """Run the model and return the states that enter its head; no logits are computed.
 
     The model itself is called, through whatever wraps it (PEFT, DistributedDataParallel), and its head is given an
@@ -142,9 +164,9 @@ def _disagreement(model: nn.Module, head: HeadSpec) -> str | None:
     return None
 
 
-def _run(model: nn.Module, batch: Mapping[str, Tensor], head: HeadSpec, before_head: Any) -> Any:
+def _run(model: nn.Module, batch: Mapping[str, Any], head: HeadSpec, before_head: Any) -> Any:
     handle = head.module.register_forward_pre_hook(before_head)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     try:
         return model(**inputs, use_cache=False)
     finally:

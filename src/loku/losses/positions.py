@@ -21,7 +21,7 @@ class Selection:
     index: Int[Tensor, " tokens"]
     targets: Int[Tensor, " tokens"]
     sequence: Int[Tensor, " tokens"]
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # rows, and their length (0 where the places are not those of padded rows)
 
     def pick(self, values: Float[Tensor, "batch seq d"]) -> Float[Tensor, "tokens d"]:
         """Return the values at the positions. The gradient is one zero tensor, filled in: no copies per slice."""
