@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from loku.adapters.anchor import target_model
+from loku.adapters.folded import folded
 from loku.config import ExportOptions, UnlearnOptions
 from loku.data.prompts import resolve_template
 from loku.data.sources import RecordSet, load_records
@@ -147,7 +148,7 @@ def _measure(
     measured: dict[str, Results] = {}
 
     def measure(role: str, model: Any, **more: Any) -> Results:
-        with progress(f"measuring {name_of(role, options)}") as update:
+        with progress(f"measuring {name_of(role, options)}") as update, folded(model, keep=True):
             return evaluate_own(
                 model,
                 job.tokenizer,
