@@ -138,6 +138,7 @@ PARTS = {
     "scores": "log-probabilities",
     "generation, before": "generation, memorised rows",
     "generation, after": "generation, after unlearning",
+    "generation, new model": "generation, nothing known",
     "run": "**from start to report**",
 }
 

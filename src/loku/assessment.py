@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from loku.adapters.anchor import target_model
+from loku.adapters.folded import folded
 from loku.assessment_rows import AssessmentRows
 from loku.config import ExportOptions, UnlearnOptions
 from loku.data.prompts import resolve_template
@@ -120,7 +121,7 @@ def _measure(
     measured: dict[str, Results] = {}
 
     def measure(role: str, model: Any, **more: Any) -> Results:
-        with progress(f"measuring {name_of(role, options)}") as update:
+        with progress(f"measuring {name_of(role, options)}") as update, folded(model, keep=True):
             return evaluate_own(
                 model,
                 job.tokenizer,

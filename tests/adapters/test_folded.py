@@ -82,6 +82,42 @@ def test_it_is_used_while_the_context_lasts_and_gone_after_an_error():
     assert all("forward" not in vars(layer) for layer in lora_layers(model).values())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sums_that_are_kept_are_right_and_go_with_the_context(architecture, monkeypatch):
+    model = adapted(architecture)
+    ids = torch.arange(2, 8).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with folded(model, keep=True):
+        for _ in range(2):
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids).logits, expected, rtol=1e-10, atol=1e-12)
+        made = []
+        monkeypatch.setattr("loku.adapters.folded._stacked", lambda *_: made.append(1))
+        with torch.no_grad():
+            model(ids)
+        assert not made  # nothing is added up again
+        monkeypatch.undo()
+        assert uses_folding(model)  # gradients take the usual way
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+        changed = model(ids).logits
+        with folded(model, keep=True):
+            torch.testing.assert_close(model(ids).logits, changed, rtol=1e-10, atol=1e-12)
+
+
+def test_sums_are_not_kept_where_they_take_too_much(monkeypatch):
+    monkeypatch.setattr("loku.adapters.folded.KEPT_BYTES", 100)
+    model, ids = adapted(), torch.arange(2, 8).unsqueeze(0)
+    used = []
+    original = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, **k: used.append(1) or original(*a, **k))
+    with folded(model, keep=True), torch.no_grad():
+        model(ids)
+    assert not used  # six tokens: the parts are cheaper than the sum
+
+
 def test_with_adapters_off_the_model_is_the_base():
     model = adapted()
     ids = torch.arange(2, 12).unsqueeze(0)

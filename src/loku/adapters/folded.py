@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 from loku.adapters.anchor import ANCHOR, TRAINED, lora_layers
 from loku.adapters.layers import weight
 
+KEPT_BYTES = 2**31  # most that sums which are kept may take
+
 
 @contextmanager
-def folded(model: nn.Module) -> Iterator[None]:
+def folded(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Run the adapted layers of a model in fewer products while the context lasts.
 
     PEFT computes W x + s B (A x), and with an anchor s (-B0) (A0 x), too: five products and six passes over the output
@@ -29,20 +31,26 @@ def folded(model: nn.Module) -> Iterator[None]:
         y  = W x + D (C x)      otherwise
         dx = (W + D C)^T dy,    dA = s (B^T dy) x^T,    dB = s dy (A x)^T
 
-    The sum lives as long as one product; the base weight is read and never written, and nothing is kept but x. Only
-    layers in float32 or float64 are folded: in half precision the sum would swallow small updates. Whatever else an
-    adapter may be (DoRA, dropout, a bias, other adapters, merged, off) runs as PEFT has it.
+    The sum lives as long as one product; the base weight is read and never written, and nothing is kept but x. With
+    `keep`, for measuring, passes without gradients keep the sums while the context lasts, unless those of all layers
+    take more than `KEPT_BYTES`; the weights must not change meanwhile. Only layers in float32 or float64 are folded: in
+    half precision the sum would swallow small updates. Whatever else an adapter may be (DoRA, dropout, a bias, other
+    adapters, merged, off) runs as PEFT has it.
     """
     with ExitStack() as stack:
         if isinstance(model, PeftModel):
-            for layer in lora_layers(model).values():
-                if type(layer) is LoraLinear and "forward" not in vars(layer):
-                    layer.forward = _forward(layer, layer.forward)
+            layers = [layer for layer in lora_layers(model).values() if type(layer) is LoraLinear]
+            size = sum(layer.get_base_layer().weight.nbytes for layer in layers)
+            for layer in layers:
+                if "forward" not in vars(layer):
+                    layer.forward = _forward(layer, layer.forward, keep=keep and size <= KEPT_BYTES)
                     stack.callback(delattr, layer, "forward")
         yield
 
 
-def _forward(layer: Any, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _forward(layer: Any, original: Callable[..., Tensor], *, keep: bool) -> Callable[..., Tensor]:
+    kept: list[Tensor] = []
+
     def forward(x: Tensor, *args: Any, **more: Any) -> Tensor:
         names = layer.active_adapters
         if args or more or not _is_plain(layer, names, x):
@@ -50,6 +58,11 @@ def _forward(layer: Any, original: Callable[..., Tensor]) -> Callable[..., Tenso
         A, B = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
         fixed = (layer.lora_A[ANCHOR].weight, layer.lora_B[ANCHOR].weight) if ANCHOR in names else (None, None)
         base = layer.get_base_layer()
+        if keep and not torch.is_grad_enabled():
+            if not kept:
+                C, D = _stacked(A, B, fixed[0], fixed[1], layer.scaling[TRAINED])
+                kept.append(torch.addmm(weight(base), D, C))
+            return F.linear(x, kept[0], base.bias)
         return _Folded.apply(x, A, B, *fixed, weight(base), base.bias, layer.scaling[TRAINED])
 
     return forward
