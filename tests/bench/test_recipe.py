@@ -67,7 +67,7 @@ def stages(**changes):
         ({"noise_floor": 1, "stages": {"target": {"model": "x"}}}, "has a noise_floor, but trains no", "Leave noise"),
         ({"corpus": {"kind": "fictoin"}}, "has a corpus of kind 'fictoin'.", "Did you mean 'fiction'?"),
         ({"corpus": {"kind": "fiction", "size": 4}}, "the corpus 'fiction' takes no 'size'.", "Valid names are"),
-        ({"corpus": {"kind": "fiction", "people": "ten"}}, "the corpus has people: 'ten'.", "a value of type int"),
+        ({"corpus": {"kind": "fiction", "people": "ten"}}, "the corpus has people: 'ten'.", "a whole number"),
         ({"relearn": {"step": 2}}, "relearn has the unknown entry 'step'.", "Did you mean 'steps'?"),
         ({"relearn": {"steps": 0}}, "relearn: steps is 0.", "Give a whole number, 1 or more."),
         ({"relearn": {"share": 1}}, "relearn: share is 1.", "Give a number above 0 and below 1."),

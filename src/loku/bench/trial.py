@@ -92,6 +92,8 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
 
 def _level_source(options: Any, job: Job, recipe: Recipe, folder: Path) -> str | None:
     """Return where the forget level comes from: results that are there, or the model where they lack its figures."""
+    if recipe.measure.get("suite") == "tdec":
+        return None  # TDEC's level is the target's own, on text that it never saw
     if options.retain_only_model is None or not job.forget[0].is_text:
         return str(options.retain_only_model) if options.retain_only_model else None
     return located(RETAIN_ONLY, recipe, folder)
