@@ -228,6 +228,10 @@ def peak_memory_bytes() -> int:
     """Return the peak memory so far: of the GPU when there is one, else of this process (resident set)."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what a parent held when it started this process
+        high = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]
+        return int(high[0].split()[1]) * 1024
     import resource
     import sys
 

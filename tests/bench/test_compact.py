@@ -27,7 +27,7 @@ def test_a_run_keeps_the_figures_of_the_tables():
         "verdict": "broken",
     }
     assert found["curve"] == [{"step": 2, "probability": 0.5}]
-    assert "settings" not in found
+    assert found["settings"] == {"rank": 8}
     assert record["figures"]["values"] is VALUES  # the record itself is left as it is
 
 

@@ -25,8 +25,6 @@ def compact(record: Mapping[str, Any]) -> dict[str, Any]:
             {"step": row["step"]} | {name: row["forget"][name] for name in CURVE if name in row["forget"]}
             for row in found["curve"]
         ]
-    for name in ("settings", "data"):  # the recipe and the hashes say it
-        found.pop(name, None)
     rounded: dict[str, Any] = _rounded(found)
     return rounded
 
