@@ -70,12 +70,13 @@ BENCHES = {
         forget rows after relearning a quarter of them. GA and KL took the lowest rate of the grid, DPO and NPO the
         highest: a wider grid might serve them better.
 
-        The paper's claims at this size. GA is unstable: reproduced; three of its four rates destroy the model (distance
-        .35 to .65), and the fourth hardly forgets. GradDiff with LoRA is a poor trade: reproduced; at the utility of IHL it
-        leaves half of the answers. IHL keeps fluency and utility: reproduced in part; utility .75 of .79, but its
-        answers to the forgotten questions repeat themselves (14 %; 4 % after FILA). FILA speeds up IHL and not the
-        unbounded losses: in part; see [the ablation](ablation.md). No method comes near the noise floor of distance,
-        .01, and NPO shows why forget quality is read beside utility: p = .46 with a third of the world's facts gone.""",
+        The paper's claims at this size. GA is unstable: reproduced; three of its four rates destroy the model
+        (distance .35 to .65), and the fourth hardly forgets. GradDiff with LoRA is a poor trade: reproduced; at the
+        utility of IHL it leaves half of the answers. IHL keeps fluency and utility: reproduced in part; utility .75
+        of .79, but its answers to the forgotten questions repeat themselves (14 %; 4 % after FILA). FILA speeds up
+        IHL and not the unbounded losses: in part; see [the ablation](ablation.md). No method comes near the noise
+        floor of distance, .01, and NPO shows why forget quality is read beside utility: p = .46 with a third of the
+        world's facts gone.""",
     ),
     "midsize-tofu": (
         "All of TOFU with a Llama of 97 million parameters, on one H200",
