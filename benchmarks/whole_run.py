@@ -59,7 +59,7 @@ from loku.unlearning import unlearn
 RANK, ALPHA, RATE, BATCH = 32, 64.0, 1e-3, 8
 COMPARED = 2  # forget rows, and as many retain rows, of a step that is compared in float64
 CPU = torch.device("cpu")
-EXACT, ROUNDING = 1e-9, 5e-6  # relative: in float64, and least in float32 (sums over different lengths)
+EXACT, ROUNDING = 1e-7, 5e-6  # relative: in float64 (norms are float32 even there), and least in float32
 
 
 class Compared:
