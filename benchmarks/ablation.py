@@ -71,17 +71,17 @@ def grid(name: str, method: str, read: Figure, digits: int = 2) -> str:
     return "\n".join(lines)
 
 
-def paired(name: str, method: str) -> str:
-    """Return a table: steps of each initialiser over plain LoRA's on the same seed, same rank; and two differences.
+def paired(name: str, method: str, base: str = "lora") -> str:
+    """Return a table: steps of each initialiser over those of `base` on the same seed, same rank; and two differences.
 
     The ratio is the geometric mean over seeds and ranks with its 95 % interval (normal, on the logarithm); seeds at
     which either did not reach the level count with the steps they had, so a ratio is then a bound.
     """
     runs = runs_of(name, method)
-    plain = {(r["options"]["rank"], r["seed"]): r for r in runs if r["options"]["init"] == "lora"}
-    lines = ["| starts from | steps over lora's | utility minus lora's | relearned rest minus lora's | pairs |"]
+    plain = {(r["options"]["rank"], r["seed"]): r for r in runs if r["options"]["init"] == base}
+    lines = [f"| starts from | steps over {base}'s | utility minus {base}'s | relearned rest minus {base}'s | pairs |"]
     lines.append("| --- " * 5 + "|")
-    for init in INITIALISERS[1:]:
+    for init in [init for init in INITIALISERS[1:] if init != base]:
         mine = [r for r in runs if r["options"]["init"] == init and (r["options"]["rank"], r["seed"]) in plain]
         pairs = [(r, plain[r["options"]["rank"], r["seed"]]) for r in mine]
         if not pairs:
@@ -151,6 +151,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
 BLOCKS |= {
     f"{place}_{method}_paired": lambda name=name, method=method: paired(name, method)  # type: ignore[misc]
     for place, name in (("fiction", FICTION), ("tofu", TOFU))
+    for method in ("ihl", "graddiff")
+}
+BLOCKS |= {
+    f"fiction_{method}_over_pissa": lambda method=method: paired(FICTION, method, "pissa")  # type: ignore[misc]
     for method in ("ihl", "graddiff")
 }
 BLOCKS |= {"fiction_eps": lambda: eps(FICTION)}

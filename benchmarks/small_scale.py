@@ -68,7 +68,8 @@ BENCHES = {
         and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row scores other
         retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the other
         forget rows after relearning a quarter of them. GA and KL took the lowest rate of the grid, DPO and NPO the
-        highest: a wider grid might serve them better.
+        highest: a wider grid might serve them better. The scores of
+        all rates stand in `benchmarks/results/fiction.chosen.json`.
 
         The paper's claims at this size. GA is unstable: reproduced; three of its four rates destroy the model
         (distance .35 to .65), and the fourth hardly forgets. GradDiff with LoRA is a poor trade: reproduced; at the
