@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from measure import environment, peak_megabytes, seconds, summary
 from torch import Tensor
 
-from loku.losses.head import default_tile, scores_from_hidden
+from loku.losses.head import scores_from_hidden
+from loku.losses.tiles import default_tile
 
 # Vocabulary, hidden size, rows: loku's default of 8 a step for the small shape, 4 for the others to save time.
 SHAPES = {"small": (4096, 512, 8), "phi-1.5": (51200, 2048, 4), "llama-2": (32000, 4096, 4)}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import scores_reference as slow
 from builders import ARCHITECTURES, SMALL, tiny_model
 from loku.errors import InputError
-from loku.losses.head import default_tile, scores_from_hidden
+from loku.losses.head import scores_from_hidden
 from loku.losses.lm_head import HeadSpec, last_hidden_state, lm_head_of
 from loku.losses.scores import scores_from_logits
 
@@ -244,16 +244,6 @@ def test_errors_say_what_to_do():
         scores_from_hidden(hidden, labels, weight, tile=0)
     with pytest.raises(InputError, match="'median_logit' is not an optional score"):
         scores_from_hidden(hidden, labels, weight, need=("median_logit",))
-
-
-def test_the_default_tile_follows_the_hidden_size():
-    assert [default_tile(d) for d in (8, 1024, 2048, 4096)] == [2048, 1024, 512, 512]
-    assert [default_tile(d, torch.bfloat16) for d in (8, 2048, 4096, 8192)] == [512, 512, 256, 256]
-
-
-def test_on_a_gpu_a_tile_is_what_256_mib_hold():
-    assert [default_tile(2048, device="cuda", tokens=n) for n in (160, 1024, 100_000)] == [419_430, 65_536, 4096]
-    assert default_tile(4096, torch.bfloat16, "cuda", 160) == 16_384
 
 
 # The model's own head -------------------------------------------------------------------------------------------------

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from loku.adapters.initialisers import initialiser_of
 from loku.adapters.layers import Layers, is_transposed, parameter_share, shortest_targets, target_layers
 from loku.config import FinetuneOptions, UnlearnOptions
-from loku.losses.head import default_tile
 from loku.losses.lm_head import HeadSpec, last_hidden_state
 from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
+from loku.losses.tiles import default_tile
 from loku.objective import COPIED
 
 IMPORTANCE_BATCH = 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from loku.errors import InputError
 from loku.losses.positions import Selection, select, widest
 from loku.losses.scores import Extra, TokenScores, check_extras
+from loku.losses.tiles import add_product, by_tile, default_tile, keeps_half, tiles
 
 BLOCK = 64
 
@@ -79,7 +80,8 @@ def scores_of_states(
     if tile < 1:
         raise InputError(f"tile={tile} is not a number of vocabulary columns.", "Give a whole number of at least 1.")
     learns = torch.is_grad_enabled() and states.requires_grad
-    options = _Options(softcap, "mean_logit" in need, "expected_other" in need, tile, learns)
+    narrow = keeps_half(states, weight)
+    options = _Options(softcap, "mean_logit" in need, "expected_other" in need, tile, learns, narrow)
     target, runner_up, spread, mean_logit, expected_other = _Sweep.apply(states, weight, bias, chosen.targets, options)
     return TokenScores(
         target=target,
@@ -94,21 +96,6 @@ def scores_of_states(
     )
 
 
-def default_tile(d: int, dtype: torch.dtype = torch.float32, device: str = "cpu", tokens: int = 0) -> int:
-    """Return the columns per tile for hidden size d and a type of weights: the fastest, or the leaner of equals.
-
-    On CPU a tile of W should still be in the cache for the second product; below 512 columns the products themselves
-    slow down. A half-precision tile is widened into a buffer of its own, which is kept to 4 MB. On a GPU every tile
-    costs the start of some fifteen kernels, half a millisecond, whatever its size: there the buffers take what 256 MiB
-    hold for that many supervised `tokens`. Measured by benchmarks/head.py.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    if device != "cpu":
-        return max(2**26 // max(tokens, d if half else 1), 4096)
-    most, least = (512, 256) if half else (2048, 512)
-    return min(max(2**20 // d, least), most)
-
-
 @dataclass(frozen=True)
 class _Options:
     softcap: float | None
@@ -116,50 +103,7 @@ class _Options:
     expected_other: bool
     tile: int
     learns: bool  # the hidden states need a gradient; a Function cannot see the caller's no_grad
-
-
-@dataclass
-class _Tile:
-    """Columns start:stop of the logits; `slope` is dz/dr where there is a soft cap."""
-
-    start: int
-    stop: int
-    weight: Float[Tensor, "tile d"]
-    logits: Float[Tensor, "tokens tile"]
-    slope: Float[Tensor, "tokens tile"] | None
-
-
-def _tiles(h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, tile: int) -> Iterator[_Tile]:
-    """Yield the logits tile by tile, each in the same buffers: a tile is valid until the next one."""
-    vocab, d = weight.shape
-    columns = min(tile, vocab)
-    logits = h.new_empty(h.shape[0] * columns)
-    slopes = torch.empty_like(logits) if softcap is not None else None
-    widened = h.new_empty(columns, d) if weight.dtype != h.dtype else None
-    for start in range(0, vocab, columns):
-        stop = min(start + columns, vocab)
-        rows = weight[start:stop]
-        if widened is not None:
-            rows = widened[: stop - start].copy_(rows)
-        shape = (h.shape[0], stop - start)
-        z = logits[: shape[0] * shape[1]].view(shape)
-        torch.mm(h, rows.T, out=z)
-        if bias is not None:
-            z += bias[start:stop]
-        slope = None
-        if softcap is not None and slopes is not None:
-            z.div_(softcap).tanh_()
-            slope = slopes[: shape[0] * shape[1]].view(shape)
-            torch.mul(z, z, out=slope).neg_().add_(1)
-            z.mul_(softcap)
-        yield _Tile(start, stop, rows, z, slope)
-
-
-def _by_tile(tokens: Int[Tensor, " tokens"], vocab: int, tile: int) -> tuple[Int[Tensor, " some"], ...]:
-    """Return, for each tile, the positions whose token lies in it."""
-    columns = min(tile, vocab)
-    counts = torch.bincount(tokens // columns, minlength=-(-vocab // columns))
-    return tokens.argsort().split(counts.tolist())
+    narrow: bool  # products stay in half precision: see tiles.keeps_half
 
 
 def _floor(dtype: torch.dtype) -> float:
@@ -264,7 +208,7 @@ def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, opti
     total_weight = None
     if options.mean_logit and options.learns:
         total_weight = h.new_zeros(d) if options.softcap is None else torch.zeros_like(h)
-    for tile in _tiles(h, weight, bias, options.softcap, options.tile):
+    for tile in tiles(h, weight, bias, options.softcap, options.tile, options.narrow):
         z = tile.logits
         if total is not None:
             total += z.sum(dim=1)
@@ -290,9 +234,12 @@ def _sweep(h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, opti
         if blend is not None:
             if tile.slope is not None:
                 e.mul_(tile.slope)
-            blend.mul_(shrink.unsqueeze(1)).addmm_(e, tile.weight)
+            add_product(blend.mul_(shrink.unsqueeze(1)), e, tile.weight)
         if total_weight is not None:
-            total_weight += tile.weight.sum(dim=0) if tile.slope is None else tile.slope @ tile.weight
+            if tile.slope is None:
+                total_weight += tile.weight.sum(dim=0, dtype=h.dtype)
+            else:
+                add_product(total_weight, tile.slope, tile.weight)
     return _Sums(peak, choice, sums, weighted, blend, total, total_weight)
 
 
@@ -379,9 +326,9 @@ def _weight_gradient(
     floor = _floor(h.dtype)
     d_weight = torch.empty_like(weight)
     d_bias = None if bias is None else torch.empty_like(bias)
-    labels_in, choices_in = (_by_tile(tokens, weight.shape[0], options.tile) for tokens in (targets, choice))
-    tiles = _tiles(h, weight, bias, options.softcap, options.tile)
-    for tile, labels, choices in zip(tiles, labels_in, choices_in, strict=True):
+    labels_in, choices_in = (by_tile(tokens, weight.shape[0], options.tile) for tokens in (targets, choice))
+    swept = tiles(h, weight, bias, options.softcap, options.tile, options.narrow)
+    for tile, labels, choices in zip(swept, labels_in, choices_in, strict=True):
         z = tile.logits.sub_(runner_up.unsqueeze(1)).clamp_(min=floor).exp_().mul_(g.others.unsqueeze(1))
         if tile.slope is not None:
             z.mul_(tile.slope)
