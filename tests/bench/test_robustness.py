@@ -109,7 +109,7 @@ def test_arms_keep_their_order_and_the_noise_floor_comes_last():
     assert list(rows()) == ["GA", "IHL", "retain-only, other seeds"]
     assert [row.role for row in rows().values()] == ["unlearned", "unlearned", "noise"]
     assert robustness_columns(list(rows().values())) == [
-        "none", "relearn", "quantise", "adapter", "membership", WORST, RETAIN, DAMAGED, LEVELS,
+        LEVELS, DAMAGED, WORST, RETAIN, "none", "relearn", "quantise", "adapter", "membership",
     ]  # fmt: skip
     models, runs = records()
     for record in (*models, *runs):
@@ -174,7 +174,7 @@ def test_the_page_of_the_docs_is_made_of_the_collection(generator, tmp_path, mon
     write_collection([compact(record) for record in (*models, *runs)], tmp_path / "attacks-fiction.jsonl")
     arms, attacks, *others = (make() for make in generator.BLOCKS.values())
     assert set(others) == {generator.MISSING}
-    assert arms.splitlines()[0].startswith("| model | none | relearn | quantise |")
+    assert arms.splitlines()[0].startswith("| model | levels | damaged | worst | retain | none | relearn | quantise |")
     assert [line.split(" | ")[0] for line in arms.splitlines()[2:]] == [
         "| IHL", "| GA (1 diverged)", "| retain-only, other seeds",
     ]  # fmt: skip

@@ -91,9 +91,9 @@ def _row(label: str, role: str, runs: Sequence[Found], diverged: int) -> Row:
 
 
 def robustness_columns(rows: Sequence[Row]) -> list[str]:
-    """Return the columns that at least one row has, in order."""
-    found = [column for column in (*FAMILIES, WORST, RETAIN) if any(row.values.get(column) for row in rows)]
-    return [*found, DAMAGED, LEVELS] if rows else []
+    """Return the columns that at least one row has, the verdicts first."""
+    found = [column for column in (WORST, RETAIN, *FAMILIES) if any(row.values.get(column) for row in rows)]
+    return [LEVELS, DAMAGED, *found] if rows else []
 
 
 def attack_lines(models: Sequence[Record], runs: Sequence[Record], arms: Sequence[str]) -> list[list[str]]:
