@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from loku.bench.leaderboard import columns_of, leaderboard_rows, markdown
+from loku.bench.leaderboard import columns_of, leaderboard_rows
+from loku.bench.rows import markdown
 from loku.bench.store import read_collection
 from loku.evaluation.results import Results, read_results
 from loku.files import read_json, write_json, write_text

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/ablation.md, and the charts beside them, from the committed JSON.
+"""Writes the tables of docs/performance.md, ablation.md and robustness.md, and the charts, from the committed JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import robustness
 from plots import Panel, grid
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md")]
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md", "robustness.md")]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -251,6 +252,7 @@ BLOCKS = {
     "models": models,
     "evaluation": evaluation,
     **ablation.BLOCKS,
+    **robustness.BLOCKS,
 }
 
 
@@ -259,7 +261,11 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        made = BLOCKS[name]() if name in ablation.BLOCKS or recorded(FROM.get(name, name)) else "*Not recorded yet.*"
+        made = (
+            BLOCKS[name]()
+            if name in ablation.BLOCKS or name in robustness.BLOCKS or recorded(FROM.get(name, name))
+            else "*Not recorded yet.*"
+        )
         return f"<!-- {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)

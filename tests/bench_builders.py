@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from loku.bench.leaderboard import FIGURES, Row, columns_of
-from loku.report.bench import write_bench_page
+from loku.bench.leaderboard import FIGURES, columns_of
+from loku.bench.rows import Row
+from loku.report.bench import Section, write_bench_page
 
 STAGE = {
     "model": "corpus/model", "max_steps": 4, "batch_size": 8, "grad_accum": 1, "learning_rate": 1e-3, "warmup_steps": 0,
@@ -88,7 +89,9 @@ def page(folder: Path, count: int) -> Path:
     choices = {
         arm.label: {"point": {"learning_rate": 1e-3}, "tuned_as": arms[0].label, "scores": scores} for arm in arms
     }
-    return write_bench_page("Many arms", "What it says.", rows, columns_of(rows), choices, folder / "report.html")
+    return write_bench_page(
+        "Many arms", Section(rows, columns_of(rows), "What it says."), choices, folder / "report.html"
+    )
 
 
 def put(path: Path, record: dict[str, Any]) -> None:

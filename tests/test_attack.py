@@ -11,7 +11,8 @@ import torch
 from builders import byte_level_tokenizer, tiny_model
 from conftest import perturbed, rows
 from loku.adapters.export import load_lora, merged_weights
-from loku.attack import attack_run, choose
+from loku.attack import attack_run
+from loku.attack_models import choose
 from loku.attacks.suite import FAMILIES, ROLES
 from loku.cli import main
 from loku.config import AttackOptions

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from loku.adapters.export import PortableLora, check_fits_base, load_lora, merged_weights
+from loku.adapters.export import PortableLora, load_lora
+from loku.attack_models import adapter_maker, choose, load, merged_model, run_attacks
 from loku.attack_sources import Sources, find_sources, load_setting
 from loku.attack_store import AttackStore
-from loku.attacks.suite import FAMILIES, ROLES, Attack, Rates, Setting, measured_rates, plan
+from loku.attacks.suite import ROLES, Attack, Rates, Setting, measured_rates, plan
 from loku.attacks.summary import summarise
 from loku.config import AttackOptions
-from loku.errors import InputError, LokuError, suggestion
-from loku.models import load_model
+from loku.errors import InputError
 from loku.progress import console, progress
 from loku.record import refresh_record
 from loku.report.html import write_report
@@ -71,35 +71,14 @@ def attack(options: AttackOptions) -> dict[str, Any]:
     return store.document
 
 
-def choose(text: str, planned: Sequence[Attack]) -> list[Attack]:
-    """Return the attacks that a comma-separated option names, by family or one by one, and the plain measurement.
-
-    Those that lack something are left out of "all" and of a family. Raises InputError for an unknown name, and when
-    nothing that was named can run.
-    """
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    valid = ["all", *FAMILIES, *(item.name for item in planned)]
-    chosen: list[Attack] = []
-    for name in names:
-        if name not in valid:
-            raise InputError(f"--attacks '{name}' is not known.", suggestion(name, valid))
-        found = [item for item in planned if name in ("all", item.family, item.name)]
-        if all(item.missing for item in found):
-            raise InputError(f"--attacks '{name}' cannot run: {found[0].missing}.", "Give that, or leave it out.")
-        chosen += [item for item in found if not item.missing]
-    if not chosen:
-        raise InputError("--attacks names nothing.", suggestion("", valid))
-    return [item for item in planned if item.name == "none" or item in chosen]
-
-
 def _work(
     setting: Setting, sources: Sources, options: AttackOptions, jobs: dict[str, list[Attack]], store: AttackStore
 ) -> None:
     """Load one model after the other and run what is left to do on it."""
     lora = load_lora(sources.adapter) if sources.adapter else None
-    setting.adapted = _adapter_maker(lora, sources, options) if lora is not None else None
+    setting.adapted = adapter_maker(lora, str(sources.models["target"]), options) if lora is not None else None
     if sources.models.get("retain_only"):
-        setting.reference = _load(str(sources.models["retain_only"]), options)
+        setting.reference = load(str(sources.models["retain_only"]), options)
     rates = None
     for role, attacks in jobs.items():
         if not attacks:
@@ -108,45 +87,21 @@ def _work(
         if rates is None:
             rates = measured_rates(setting, model)
             print_costs(jobs, rates, setting)
+        said = functools.partial(_failed, NAMES[role])
         with progress(f"attacking the {NAMES[role]} model") as update:
-            for place, item in enumerate(attacks):
-                update(place, len(attacks), item.name)
-                _run(item, role, setting, model, store)
-            update(len(attacks), len(attacks), "")
+            run_attacks(setting, model, role, attacks, store, update=update, failed=said)
         del model
 
 
-def _run(item: Attack, role: str, setting: Setting, model: PreTrainedModel, store: AttackStore) -> None:
-    start = time.monotonic()
-    try:
-        result = item.run(setting, model)
-    except LokuError as error:
-        print(f"warning: {item.name} failed on the {NAMES[role]} model: {error.given}", file=sys.stderr)
-        store.fail(item, role, error.given)
-        return
-    store.add(item, role, result | {"seconds": round(time.monotonic() - start, 3)})
-
-
-def _load(name: str, options: AttackOptions) -> PreTrainedModel:
-    return load_model(name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code)
+def _failed(model: str, attack: str, reason: str) -> None:
+    print(f"warning: {attack} failed on the {model} model: {reason}", file=sys.stderr)
 
 
 def _role_model(role: str, sources: Sources, lora: PortableLora | None, options: AttackOptions) -> PreTrainedModel:
     """Load one of the three models; an adapter is merged in, in the base's type, as it would be released."""
     if role == "unlearned" and lora is not None:
-        return _merged(str(sources.models["target"]), lora, 1.0, options)
-    return _load(str(sources.models[role]), options)
-
-
-def _merged(base: str, lora: PortableLora, scale: float, options: AttackOptions) -> PreTrainedModel:
-    model = _load(base, options)
-    check_fits_base(model, lora, base)
-    model.load_state_dict(merged_weights(model, lora.scaled(scale)))
-    return model
-
-
-def _adapter_maker(lora: PortableLora, sources: Sources, options: AttackOptions) -> Any:
-    return lambda scale, base: _merged(base or str(sources.models["target"]), lora, scale, options)
+        return merged_model(str(sources.models["target"]), lora, 1.0, options)
+    return load(str(sources.models[role]), options)
 
 
 def print_costs(jobs: dict[str, list[Attack]], rates: Rates, setting: Setting) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from loku.adapters.export import load_lora
-from loku.attacks.suite import Setting
+from loku.attacks.suite import Attack, Setting, plan
 from loku.config import AttackOptions
 from loku.data.encoding import Encoder
 from loku.data.prompts import resolve_template
-from loku.data.records import check_disjoint
+from loku.data.records import Record, check_disjoint
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
 from loku.files import read_object, sha256_file, sha256_json
@@ -153,15 +153,7 @@ def load_setting(sources: Sources, options: AttackOptions) -> Setting:
     retain rows, and for models whose vocabularies differ.
     """
     of_run = sources.settings
-    data_dir = options.data_dir or of_run.get("data_dir")
-    rows = {
-        name: _cut(load_records(source, option=f"--{name}", data_dir=data_dir), options.max_rows, sources, name)
-        for name, source in sources.rows.items()
-        if source
-    }
-    for name in ("retain", "holdout", "unrelated"):
-        if name in rows:
-            check_disjoint(rows["forget"], rows[name])
+    rows = read_rows(sources, options)
     target = str(sources.models["target"])
     tokenizer = load_tokenizer(target, trust_remote_code=options.trust_remote_code)
     others = {"--retain-only-model": sources.models.get("retain_only"), "--other-base": options.other_base}
@@ -176,17 +168,43 @@ def load_setting(sources: Sources, options: AttackOptions) -> Setting:
     length = options.max_length
     if of_run and options.max_length == AttackOptions.max_length:
         length = of_run.get("max_length", length)
-    names = set(AttackOptions.fields()) & {item.name for item in dataclasses.fields(Setting)} - set(ROWS)
-    shared = {name: getattr(options, name) for name in names}
-    shared["prune_rates"] = _numbers("--prune-rates", options.prune_rates, below=1.0)
-    shared["adapter_scales"] = _numbers("--adapter-scales", options.adapter_scales)
-    setting = Setting(tokenizer, Encoder(tokenizer, template, length), **rows, **shared)  # type: ignore[arg-type]
+    setting = new_setting(tokenizer, Encoder(tokenizer, template, length), rows, options)
     if sources.adapter:
-        setting.adapted = _not_yet
+        setting.adapted = not_yet
     return setting
 
 
-def _not_yet(*_: Any) -> Any:
+def read_rows(sources: Sources, options: AttackOptions) -> dict[str, RecordSet]:
+    """Read every set that there is, cut to `max_rows`. Raises InputError as `load_setting` does for rows."""
+    data_dir = options.data_dir or sources.settings.get("data_dir")
+    rows = {
+        name: _cut(load_records(source, option=f"--{name}", data_dir=data_dir), options.max_rows, sources, name)
+        for name, source in sources.rows.items()
+        if source
+    }
+    for name in ("retain", "holdout", "unrelated"):
+        if name in rows:
+            check_disjoint(rows["forget"], rows[name])
+    return rows
+
+
+def new_setting(tokenizer: Any, encoder: Any, rows: dict[str, RecordSet], options: AttackOptions) -> Setting:
+    """Return the setting of rows and options; without tokenizer and encoder it serves to plan alone."""
+    names = set(AttackOptions.fields()) & {item.name for item in dataclasses.fields(Setting)} - set(ROWS)
+    shared: dict[str, Any] = {name: getattr(options, name) for name in names}
+    shared["prune_rates"] = _numbers("--prune-rates", options.prune_rates, below=1.0)
+    shared["adapter_scales"] = _numbers("--adapter-scales", options.adapter_scales)
+    return Setting(tokenizer, encoder, **rows, **shared)  # type: ignore[arg-type]
+
+
+def every_attack(options: AttackOptions) -> list[Attack]:
+    """Return the plan of attacks that options allow for, to know their names before there are rows or models."""
+    rows = RecordSet("", (Record(0, text="one"), Record(1, text="another")), "", "memory")
+    return plan(new_setting(None, None, {"forget": rows}, options))
+
+
+def not_yet(*_: Any) -> Any:
+    """Stand for the adapter, in a plan, before it is loaded."""
     raise RuntimeError("the adapter is not loaded yet")  # replaced before any attack runs
 
 

@@ -8,8 +8,9 @@ from statistics import mean, stdev
 import pytest
 
 from bench_builders import figures, models_record, run_record, tiny
-from loku.bench.leaderboard import columns_of, leaderboard_rows, markdown, spread, write_leaderboard
+from loku.bench.leaderboard import columns_of, leaderboard_rows, write_leaderboard
 from loku.bench.recipe import parse_recipe
+from loku.bench.rows import markdown, spread
 
 TARGET = figures(forget__probability=0.9, model_utility=0.8, forget_quality=1e-9)
 RETAIN = figures(forget__probability=0.2, model_utility=0.8)
@@ -93,7 +94,8 @@ def test_columns_without_a_value_are_left_out():
 
 
 def test_markdown_has_a_line_a_row():
-    lines = markdown(leaderboard_rows(models(), runs(), ["GA", "IHL"])).splitlines()
+    found = leaderboard_rows(models(), runs(), ["GA", "IHL"])
+    lines = markdown(found, columns_of(found)).splitlines()
     assert len(lines) == 2 + 5
     assert len({line.count("|") for line in lines}) == 1
     assert lines[3].startswith("| GA (1 diverged) | 0.00 | 0.00 | - |")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from bench_builders import TINY, tiny, write_recipe
+from loku.bench.extending import read_yaml
 from loku.bench.recipe import Arm, load_recipe, parse_recipe
+from loku.bench.store import run_file
 from loku.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,9 +158,124 @@ def test_the_relearning_attack_has_defaults_and_reads_yamls_numbers():
     assert parse_recipe(tiny(), "r.yaml").relearn is None
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "bench").glob("*.yaml")), ids=lambda p: p.stem)
+OWN = sorted((ROOT / "recipes" / "bench").glob("*.yaml"))
+ATTACKS = [path for path in OWN if path.stem.startswith("attacks-")]
+
+
+@pytest.mark.parametrize("path", [path for path in OWN if path not in ATTACKS], ids=lambda p: p.stem)
 def test_the_projects_own_recipes_can_be_used(path):
     assert load_recipe(path).arms
+
+
+@pytest.mark.parametrize("path", ATTACKS, ids=lambda p: p.stem)
+def test_the_recipes_of_attacks_take_arms_of_their_parents_as_those_tuned_them(path, tmp_path):
+    parent = load_recipe(path.with_name(path.name.removeprefix("attacks-")))
+    chosen = {arm.name: {"point": parent.points(arm)[0]} for arm in parent.arms}
+    file = tmp_path / "chosen.json"
+    file.write_text(json.dumps({"rule": "closest", "arms": chosen}))
+    value = read_yaml(path)
+    assert value["tuning"]["chosen"] == f"benchmarks/results/{parent.name}.chosen.json"
+    recipe = parse_recipe(value | {"tuning": {"chosen": str(file)}}, str(path))
+    assert recipe.attack.settings["attacks"] == "all"
+    assert len(recipe.arms) == 19
+    theirs = {arm.name: arm for arm in parent.arms}
+    for arm in recipe.arms:
+        (point,) = recipe.points(arm)
+        assert point == chosen[arm.name]["point"]
+        mine, other = recipe.settings(arm, point), parent.settings(theirs[arm.name], point)
+        assert mine == other
+
+
+def attack(**changes):
+    return {"attack": changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "remedy"),
+    [
+        (attack(atacks="all"), "r.yaml, attack has the unknown entry 'atacks'.", "Did you mean 'attacks'?"),
+        (attack(arms=["IHK"]), "r.yaml, attack: 'IHK' is no arm.", "Did you mean 'IHL'?"),
+        (attack(arms=[]), "r.yaml, attack: arms is [].", "Give a list"),
+        (attack(attacks="relern"), "r.yaml, attack: --attacks 'relern' is not known.", "Did you mean 'relearn'?"),
+        (attack(attacks="prune-0.2"), "--attacks 'prune-0.2' is not known.", "Did you mean"),
+        (attack(attacks=""), "--attacks names nothing.", "Valid names are"),
+        (attack(attacks=["all"]), "attack has attacks: ['all'].", "Give text"),
+        (attack(share=1), "r.yaml, attack: --share 1", "Give"),
+        (attack(max_rows=1), "r.yaml, attack: --max-rows 1", "Give"),
+        (attack(seed=3), "has the unknown entry 'seed'.", "Valid names"),
+        (attack(prune_rates="0.1,2"), "--prune-rates '0.1,2' is out of range.", "Give numbers"),
+        ({"attack": []}, "r.yaml, attack is no mapping.", "Write"),
+        (
+            attack() | {"stages": {"target": TINY["stages"]["target"]}},
+            "has attacks, but no stage 'retain-only'.",
+            "Add it",
+        ),
+    ],
+)
+def test_attacks_that_cannot_be_are_refused_when_the_recipe_is_read(changes, given, remedy):
+    with pytest.raises(InputError) as caught:
+        parse_recipe(tiny(**changes), "r.yaml")
+    assert given in caught.value.given
+    assert remedy in caught.value.remedy
+
+
+def test_attacks_take_the_rows_of_the_recipe_and_the_options_of_loku_attack():
+    rows = {"holdout": "corpus/holdout.jsonl", "general": "corpus/general.jsonl"}
+    plan = parse_recipe(tiny(unlearn=unlearn(**rows), attack={"prune_rates": "0.2", "steps": 3}), "r.yaml").attack
+    assert plan.settings | {"attacks": "all", "steps": 3, "prune_rates": "0.2", "samples": 8} == plan.settings
+    assert [plan.settings[name] for name in ("forget", "retain", "holdout", "unrelated")] == [
+        "corpus/forget.jsonl", "corpus/retain.jsonl", rows["holdout"], rows["general"],
+    ]  # fmt: skip
+    assert plan.covers("IHL")
+    assert parse_recipe(tiny(attack={"attacks": "prune-0.2,none", "prune_rates": "0.2"}), "r.yaml").attack.arms == ()
+    assert parse_recipe(tiny(), "r.yaml").attack is None
+
+
+def test_attacks_enter_the_ids_of_what_is_attacked_alone(tmp_path):
+    arms = [{"name": "A", "method": "ihl"}, {"name": "B", "method": "ga"}]
+    grid = {"seeds": [5], "grid": {"learning_rate": [1e-3, 2e-3]}}
+    given = {"arms": arms, "tuning": grid}
+
+    def paths(seed, **changes):
+        recipe = parse_recipe(tiny(**(given | changes)), "r.yaml")
+        return [run_file(tmp_path, recipe, arm, {}, seed) for arm in recipe.arms], recipe
+
+    plain, without = paths(0)
+    every, one = paths(0, attack={"attacks": "relearn"})
+    only_a, two = paths(0, attack={"attacks": "relearn", "arms": ["A"]})
+    other, three = paths(0, attack={"attacks": "relearn,lens"})
+    harder, four = paths(0, attack={"attacks": "relearn", "steps": 30})
+    assert without.models_id() == one.models_id() == three.models_id()
+    assert paths(5)[0] == paths(5, attack={"attacks": "relearn"})[0]  # tuning runs are not attacked
+    assert not {*plain} & {*every}
+    assert only_a == [every[0], plain[1]]
+    assert not {*other} & {*every, *plain}
+    assert not {*harder} & {*every, *plain, *other}
+    assert one.attack.common_id == two.attack.common_id == three.attack.common_id != four.attack.common_id
+
+
+def test_chosen_points_come_from_a_file_by_arm(tmp_path):
+    arms = [{"name": "A", "method": "ihl"}, {"name": "B", "method": "ga", "rank": 4}]
+    file = tmp_path / "chosen.json"
+    points = {"A": {"learning_rate": 2e-3}, "B": {"learning_rate": 1e-3, "rank": 8}, "C": {}}
+    file.write_text(json.dumps({"rule": "level", "arms": {name: {"point": p} for name, p in points.items()}}))
+    recipe = parse_recipe(tiny(arms=arms, tuning={"chosen": str(file)}), "r.yaml")
+    assert [recipe.points(arm) for arm in recipe.arms] == [[{"learning_rate": 2e-3}], [{"learning_rate": 1e-3}]]
+    tuned = parse_recipe(tiny(arms=arms, tuning={"seeds": [5], "grid": {"learning_rate": [1e-3, 2e-3]}}), "r.yaml")
+    assert recipe.run_id(recipe.arms[0], points["A"]) == tuned.run_id(tuned.arms[0], points["A"])
+
+    def refused(tuning, **changes):
+        with pytest.raises(InputError) as caught:
+            parse_recipe(tiny(**({"arms": arms, "tuning": tuning} | changes)), "r.yaml")
+        return str(caught.value)
+
+    assert "has no arm 'D'" in refused({"chosen": str(file)}, arms=[*arms, {"name": "D", "method": "npo"}])
+    assert "has chosen, and seeds, choose as well" in refused({"seeds": [1], "choose": "level", "chosen": str(file)})
+    assert "none.json' does not exist" in refused({"chosen": str(tmp_path / "none.json")})
+    file.write_text('{"arms": {"A": 1}}')
+    assert "holds no chosen points" in refused({"chosen": str(file)})
+    file.write_text("{")
+    assert "not readable JSON" in refused({"chosen": str(file)})
 
 
 def test_a_recipe_is_read_from_its_file(tmp_path):

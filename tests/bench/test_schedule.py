@@ -71,8 +71,8 @@ def test_arms_may_be_tuned_together(tmp_path):
     four, eight, ga = plan.recipe.arms
     assert plan.recipe.tuned_as(four) == plan.recipe.tuned_as(eight) == eight
     assert plan.recipe.tuned_as(ga) == ga
-    assert plan.counts() == {"models": 4, "tuning": 8, "final": 6}
-    assert schedule(tmp_path, tuning=GRID).counts() == {"models": 4, "tuning": 12, "final": 6}
+    assert plan.counts() == {"models": 4, "tuning": 8, "final": 6, "attacks": 0}
+    assert schedule(tmp_path, tuning=GRID).counts() == {"models": 4, "tuning": 12, "final": 6, "attacks": 0}
     for seed in (10, 11):
         make(plan.models(seed))
     for group in plan.tuning(eight):
@@ -84,14 +84,14 @@ def test_arms_may_be_tuned_together(tmp_path):
 
 def test_nothing_is_tuned_where_an_arm_fixes_it(tmp_path):
     plan = schedule(tmp_path, tuning=GRID, arms=[{"name": "GA", "method": "ga", "learning_rate": 1e-3}])
-    assert plan.counts() == {"models": 2, "tuning": 0, "final": 2}
+    assert plan.counts() == {"models": 2, "tuning": 0, "final": 2, "attacks": 0}
     assert labels(plan.ready()) == ["models of seed 0", "models of seed 1"]
     assert plan.chosen(plan.recipe.arms[0]) == ({}, [])
 
 
 def test_only_some_arms(tmp_path):
     plan = schedule(tmp_path, only=("IHL r4",), tuning=GRID | {"at": {"rank": 8}})
-    assert plan.counts() == {"models": 4, "tuning": 4, "final": 2}  # tuned at rank 8, all the same
+    assert plan.counts() == {"models": 4, "tuning": 4, "final": 2, "attacks": 0}  # tuned at rank 8, all the same
     for task in plan.ready():
         make(task)
     assert {task.arm.name for task in plan.ready()} == {"IHL r8"}
@@ -107,13 +107,13 @@ def test_core_hours_are_what_is_missing_by_what_was_measured(tmp_path):
         make(task, seconds={"all": 18.0})
     assert plan.done() == 4
     assert plan.core_hours() == pytest.approx(4 * 18 / 3600)
-    assert plan.seconds() == {"models": 36.0, "trial": 18.0}
+    assert plan.seconds() == {"models": 36.0, "trial": 18.0, "attack": None}
 
 
 def test_runs_for_tuning_that_are_reported_too_count_once(tmp_path):
     one = {"seeds": [10], "grid": {"learning_rate": [1e-3, 2e-3]}}
     plan = schedule(tmp_path, tuning=one, arms=[{"name": "A", "method": "ga"}, {"name": "B", "method": "ihl"}])
-    assert plan.counts() == {"models": 3, "tuning": 4, "final": 4}
+    assert plan.counts() == {"models": 3, "tuning": 4, "final": 4, "attacks": 0}
     while ready := plan.ready():
         for task in ready:
             make(task)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
+from loku.bench.attacking import check_attack
 from loku.bench.models import SETS, located, measured_rows, shared_options, unlearn_options, watched_rows
 from loku.bench.recipe import CORPUS, MEASURED, TARGET, Recipe
 from loku.bench.store import models_folder
@@ -43,6 +44,8 @@ def check_inputs(recipe: Recipe, root: str) -> None:
         for name, stage in recipe.stages.items():
             _check_stage(name, stage, recipe, folder)
         _check_sources(recipe, folder)
+        if recipe.attack is not None:
+            check_attack(recipe, folder)
         start = _start(recipe, TARGET)
         if start is not None:
             _check_arms(recipe, folder, located(start, recipe, folder))

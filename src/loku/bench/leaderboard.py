@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from loku.bench.figures import value_of
 from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
+from loku.bench.robustness import NOTE as UNDER_ATTACK
+from loku.bench.robustness import robustness_columns, robustness_rows
+from loku.bench.rows import Row, markdown
 from loku.bench.store import Record
 from loku.bench.tuning import distance, steps_taken
 from loku.files import write_text
@@ -46,34 +47,6 @@ NOTE = (
     "beyond it is no virtue. `distance` is the mean absolute difference from the retain-only model of the same seed, "
     "over the figures that lie between 0 and 1; it is 1 for a run that diverged, which has no other figures."
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the leaderboard: its role, and its values over seeds by column."""
-
-    label: str
-    role: str  # "target", "retain_only", "noise" or "unlearned"
-    values: Mapping[str, list[float]]
-    diverged: int = 0
-
-    def mean(self, column: str) -> float | None:
-        """Return the mean over seeds, or None without values."""
-        return mean(self.values[column]) if self.values.get(column) else None
-
-    def cell(self, column: str) -> str:
-        """Return mean and standard deviation as text."""
-        return spread(self.values.get(column, []))
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return `mean ± standard deviation`; p-values and other small numbers as a range."""
-    if not values:
-        return "-"
-    if 0 < max(values) < 0.005:
-        return f"{min(values):.0e}" + (f" to {max(values):.0e}" if len(values) > 1 else "")
-    digits = 0 if max(map(abs, values)) >= 100 else 1 if max(map(abs, values)) >= 10 else 2
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def leaderboard_rows(models: Sequence[Record], runs: Sequence[Record], arms: Sequence[str]) -> list[Row]:
@@ -138,31 +111,30 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     return [column for column in order if any(column in row.values for row in rows)]
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[str] | None = None) -> str:
-    """Return the table as Markdown."""
-    columns = columns or columns_of(rows)
-    lines = ["| model | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for row in rows:
-        label = row.label + (f" ({row.diverged} diverged)" if row.diverged else "")
-        lines.append(f"| {label} | " + " | ".join(row.cell(column) for column in columns) + " |")
-    return "\n".join(lines)
-
-
 def write_leaderboard(
     recipe: Recipe, models: Sequence[Record], runs: Sequence[Record], choices: Mapping[str, Any], root: Path
 ) -> Path:
     """Write leaderboard.md and leaderboard.html, and return the latter's path."""
-    rows = leaderboard_rows(models, runs, [arm.name for arm in recipe.arms])
+    from loku.report.bench import Section, write_bench_page
+
+    arms = [arm.name for arm in recipe.arms]
+    rows, attacked = leaderboard_rows(models, runs, arms), robustness_rows(models, runs, arms)
     note = NOTE.format(seeds=", ".join(map(str, recipe.seeds)))
-    text = [f"# {recipe.title}", "", note, "", markdown(rows)]
+    text = [f"# {recipe.title}", "", note, "", markdown(rows, columns_of(rows))]
+    robustness = Section(attacked, robustness_columns(attacked), UNDER_ATTACK) if attacked else None
+    if robustness is not None:
+        text += ["", "## Robustness", "", UNDER_ATTACK, "", markdown(attacked, robustness.columns)]
     tuned = [f"- {name}: {_point(choice['point'])}" for name, choice in choices.items() if choice["scores"]]
+    if recipe.tuning.source:
+        text += ["", f"Settings as chosen in {recipe.tuning.source}."]
     if tuned:
         text += ["", f"Chosen on seeds {', '.join(map(str, recipe.tuning.seeds))} (rule: {recipe.tuning.choose}):", ""]
         text += tuned
     write_text(root / "leaderboard.md", "\n".join(text) + "\n")
-    from loku.report.bench import write_bench_page
-
-    return write_bench_page(recipe.title, note, rows, columns_of(rows), choices, root / "leaderboard.html")
+    figures = Section(rows, columns_of(rows), note)
+    return write_bench_page(
+        recipe.title, figures, choices, root / "leaderboard.html", robustness=robustness, source=recipe.tuning.source
+    )
 
 
 def _point(point: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@
       suite: own                               # or tofu, tdec, muse, lume: see loku.bench.suites
       memorised: {forget.probability: 0.8}     # what the target must reach, or there is nothing to unlearn
     relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
+    attack: {attacks: all, arms: [GA]}         # optional: attacks on reported runs, see loku.bench.attack_plan
     arms:
       - {name: GA, method: ga}
       - name: "{method} from {init}, rank {rank}"
@@ -25,6 +26,7 @@
       grid: {learning_rate: [5e-4, 1e-3, 2e-3]}
       choose: closest                          # or: level
       at: {rank: 8}                            # arms that differ in these options alone are tuned together, here
+                                               # or `chosen: file`, a chosen.json: nothing is tuned
     seeds: [0, 1, 2, 3, 4]
     noise_floor: 1                             # further retain-only models a seed, scored as if unlearned
     seconds: {models: 60, trial: 15}           # what to expect before anything was measured
@@ -37,7 +39,6 @@ A recipe may begin with `extends: other.yaml`: it is that one, with its own entr
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,15 +46,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loku.bench.attack_plan import AttackPlan, read_attack
 from loku.bench.extending import read_yaml
+from loku.bench.values import read_count, read_list, read_mapping, read_number, read_numbers, read_seeds
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.errors import InputError, suggestion
-from loku.files import sha256_json
+from loku.files import read_object, sha256_json
 from loku.methods import METHODS
-from loku.options import LARGEST_SEED, Options
+from loku.options import Options
 
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
-EXPONENT = re.compile(r"^[+-]?\d+(\.\d*)?e[+-]?\d+$", re.IGNORECASE)
 RULES = ("closest", "level")
 MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
 MEASURING = ("own", "tofu", "tdec", "muse", "lume")
@@ -79,12 +81,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The budget of every arm: grid points times seeds, and how a point is chosen."""
+    """The budget of every arm: grid points times seeds, and how a point is chosen.
+
+    Or, where nothing is tuned, the points that another benchmark chose, by arm, and the file that they are from.
+    """
 
     seeds: tuple[int, ...] = ()
     points: tuple[Mapping[str, Any], ...] = ({},)
     choose: str = "closest"
     at: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Recipe:
     noise_floor: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] | str | None = None
+    attack: AttackPlan | None = None
 
     @property
     def model_seeds(self) -> tuple[int, ...]:
@@ -130,12 +138,19 @@ class Recipe:
 
     def points(self, arm: Arm) -> list[dict[str, Any]]:
         """Return the grid points that differ for an arm; one when it fixes everything that is tuned."""
-        free = [{k: v for k, v in point.items() if k not in arm.options} for point in self.tuning.points]
+        points = [self.tuning.chosen[arm.name]] if self.tuning.source else self.tuning.points
+        free = [{k: v for k, v in point.items() if k not in arm.options} for point in points]
         return [point for i, point in enumerate(free) if point not in free[:i]]
 
-    def run_id(self, arm: Arm, point: Mapping[str, Any]) -> str:
-        """Return a hash of all that decides a run but its seed."""
-        parts = (self.corpus, self.stages, self.settings(arm, point), self.measure, self.relearn)
+    def attacked(self, arm: Arm, seed: int) -> bool:
+        """Return whether an arm's run is attacked: one that is reported, of an arm that `attack` names."""
+        return self.attack is not None and seed in self.seeds and self.attack.covers(arm.name)
+
+    def run_id(self, arm: Arm, point: Mapping[str, Any], *, attacked: bool = False) -> str:
+        """Return a hash of all that decides a run but its seed; the attacks are part of it only where there are any."""
+        parts: tuple[Any, ...] = (self.corpus, self.stages, self.settings(arm, point), self.measure, self.relearn)
+        if attacked and self.attack is not None:
+            parts += (self.attack.id,)
         return sha256_json(parts)[:10]
 
     def models_id(self) -> str:
@@ -156,31 +171,38 @@ def load_recipe(path: str | Path | None) -> Recipe:
 def parse_recipe(value: Any, where: str) -> Recipe:
     """Return the recipe that a YAML value describes; `where` names it in errors."""
     names = ("name", "title", *Recipe.__dataclass_fields__)
-    parts = _mapping(_numbers(value), where, names)
+    parts = read_mapping(read_numbers(value), where, names)
     for name in ("name", "stages", "unlearn", "arms", "seeds"):
         if name not in parts:
             raise InputError(f"{where} has no '{name}'.", "See docs/bench.md for what a benchmark's recipe holds.")
-    stages = {str(k): _mapping(v, f"{where}, stage '{k}'") for k, v in _mapping(parts["stages"], where).items()}
+    stages = {str(k): read_mapping(v, f"{where}, stage '{k}'") for k, v in read_mapping(parts["stages"], where).items()}
     if TARGET not in stages:
         raise InputError(f"{where} has no stage '{TARGET}'.", "Name the model that is to forget something so.")
     relearn = parts.get("relearn")
+    arms = _arms(parts["arms"], where)
+    unlearn, measure = read_mapping(parts["unlearn"], f"{where}, unlearn"), parts.get("measure", {})
     recipe = Recipe(
         name=str(parts["name"]),
         title=str(parts.get("title", parts["name"])),
         corpus=_corpus(parts.get("corpus"), where),
         stages=stages,
-        unlearn=_mapping(parts["unlearn"], f"{where}, unlearn"),
-        measure=_measure(parts.get("measure", {}), f"{where}, measure"),
-        relearn=None if relearn is None else _relearn(_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
-        arms=_arms(parts["arms"], where),
-        tuning=_tuning(parts.get("tuning"), where),
-        seeds=_seeds(parts["seeds"], f"{where}, seeds"),
-        noise_floor=_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
+        unlearn=unlearn,
+        measure=_measure(measure, f"{where}, measure"),
+        relearn=None
+        if relearn is None
+        else _relearn(read_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
+        arms=arms,
+        tuning=_tuning(parts.get("tuning"), where, arms),
+        seeds=read_seeds(parts["seeds"], f"{where}, seeds"),
+        noise_floor=read_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
         seconds={
-            kind: _number(value, f"{where}, seconds: {kind}")
-            for kind, value in _mapping(parts.get("seconds", {}), f"{where}, seconds", ("models", "trial")).items()
+            kind: read_number(value, f"{where}, seconds: {kind}")
+            for kind, value in read_mapping(
+                parts.get("seconds", {}), f"{where}, seconds", ("models", "trial", "attack")
+            ).items()
         },
         config=_config(parts.get("config"), where),
+        attack=read_attack(parts.get("attack"), where, [arm.name for arm in arms], {**unlearn, **measure}),
     )
     if not NAME.fullmatch(recipe.name):
         raise InputError(f"{where} has the name '{recipe.name}'.", "Give letters, digits, dots and hyphens: a folder.")
@@ -189,41 +211,23 @@ def parse_recipe(value: Any, where: str) -> Recipe:
     return recipe
 
 
-def _numbers(value: Any) -> Any:
-    """Turn what YAML 1.1 reads as text, such as 5e-4, into the number it is, everywhere."""
-    if isinstance(value, Mapping):
-        return {name: _numbers(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float(value) if isinstance(value, str) and EXPONENT.match(value) else value
-
-
-def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where} is no mapping.", "Write `name: value` lines there.")
-    for name in value if known else ():
-        if name not in known:
-            raise InputError(f"{where} has the unknown entry '{name}'.", suggestion(str(name), known))
-    return {str(name): item for name, item in value.items()}
-
-
 def _corpus(value: Any, where: str) -> dict[str, Any] | None:
     if value is None:
         return None
     from loku.corpora import check_corpus
 
-    corpus = _mapping(value, f"{where}, corpus")
+    corpus = read_mapping(value, f"{where}, corpus")
     check_corpus(corpus, where)
     return corpus
 
 
 def _measure(value: Any, where: str) -> dict[str, Any]:
-    found = _mapping(value, where, (*MEASURED, "suite", "corpus", "memorised"))
+    found = read_mapping(value, where, (*MEASURED, "suite", "corpus", "memorised"))
     if found.get("suite", "own") not in MEASURING:
         raise InputError(f"{where} by suite '{found['suite']}'.", suggestion(str(found["suite"]), MEASURING))
     for name in (name for name in MEASURED if not isinstance(found.get(name, ""), str)):
         raise InputError(f"{where} has {name}: {found[name]!r}.", "Give the name of a file or data set.")
-    for name, least in _mapping(found.get("memorised", {}), f"{where}, memorised").items():
+    for name, least in read_mapping(found.get("memorised", {}), f"{where}, memorised").items():
         if isinstance(least, bool) or not isinstance(least, int | float):
             raise InputError(f"{where}, memorised has {name}: {least!r}.", "Give the least value, such as 0.8.")
     return found
@@ -234,35 +238,10 @@ def _config(value: Any, where: str) -> dict[str, Any] | str | None:
         return value
     if isinstance(value, str):
         raise InputError(f"{where}: the config '{value}' does not exist.", "Give a JSON file, or its content.")
-    found = _mapping(value, f"{where}, config")
+    found = read_mapping(value, f"{where}, config")
     if "model_type" not in found:
         raise InputError(f"{where}, config has no model_type.", "Give what the model's config.json says.")
     return found
-
-
-def _seeds(value: Any, where: str) -> tuple[int, ...]:
-    usable = isinstance(value, list) and value and all(type(s) is int and 0 <= s <= LARGEST_SEED for s in value)
-    if not usable or len(set(value)) != len(value):
-        raise InputError(f"{where} is {value!r}.", "Give a list of different whole numbers, such as [0, 1, 2, 3, 4].")
-    return tuple(value)
-
-
-def _count(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise InputError(f"{where} is {value!r}.", "Give a whole number, 0 or more.")
-    return value
-
-
-def _number(value: Any, where: str, most: float = math.inf) -> float:
-    try:  # YAML reads 5e-4 as text
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < most:
-        raise InputError(
-            f"{where} is {value!r}.", f"Give a number above 0{'' if most == math.inf else ' and below 1'}."
-        )
-    return number
 
 
 def _relearn(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -271,15 +250,15 @@ def _relearn(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("steps", "every"):
         if type(found[name]) is not int or found[name] < 1:
             raise InputError(f"{where}, relearn: {name} is {found[name]!r}.", "Give a whole number, 1 or more.")
-    found["learning_rate"] = _number(found["learning_rate"], f"{where}, relearn: learning_rate")
-    found["share"] = _number(found["share"], f"{where}, relearn: share", most=1.0)
+    found["learning_rate"] = read_number(found["learning_rate"], f"{where}, relearn: learning_rate")
+    found["share"] = read_number(found["share"], f"{where}, relearn: share", most=1.0)
     return found
 
 
 def _arms(value: Any, where: str) -> tuple[Arm, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}, arms is no list.", "Give at least one arm: {name: LoKU, method: loku}.")
-    arms = [arm for i, item in enumerate(value) for arm in _expand(_mapping(item, f"{where}, arm {i}"), where)]
+    arms = [arm for i, item in enumerate(value) for arm in _expand(read_mapping(item, f"{where}, arm {i}"), where)]
     slugs = [arm.slug for arm in arms]
     for arm in arms:
         if not arm.slug or slugs.count(arm.slug) > 1:
@@ -289,9 +268,9 @@ def _arms(value: Any, where: str) -> tuple[Arm, ...]:
 
 def _expand(item: dict[str, Any], where: str) -> list[Arm]:
     """Return one arm, or one for each combination of its matrix's values."""
-    name, matrix = str(item.pop("name", "")), _mapping(item.pop("matrix", {}), f"{where}, matrix")
+    name, matrix = str(item.pop("name", "")), read_mapping(item.pop("matrix", {}), f"{where}, matrix")
     arms = []
-    for values in itertools.product(*(_list(v, f"{where}, matrix '{k}'") for k, v in matrix.items())):
+    for values in itertools.product(*(read_list(v, f"{where}, matrix '{k}'") for k, v in matrix.items())):
         options = dict(item) | dict(zip(matrix, values, strict=True))
         try:
             label = string.Formatter().vformat(name, (), options) or str(options.get("method", ""))
@@ -304,23 +283,41 @@ def _expand(item: dict[str, Any], where: str) -> list[Arm]:
     return arms
 
 
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where} is {value!r}.", "Give a list of values.")
-    return value
-
-
-def _tuning(value: Any, where: str) -> Tuning:
+def _tuning(value: Any, where: str, arms: Sequence[Arm]) -> Tuning:
     if value is None:
         return Tuning()
-    parts = _mapping(value, f"{where}, tuning", ("seeds", "grid", "choose", "at"))
-    grid = {k: _list(v, f"{where}, grid '{k}'") for k, v in _mapping(parts.get("grid", {}), f"{where}, grid").items()}
+    parts = read_mapping(value, f"{where}, tuning", ("seeds", "grid", "choose", "at", "chosen"))
+    if "chosen" in parts:
+        return _chosen(parts, f"{where}, tuning", [arm.name for arm in arms])
+    grid = {
+        k: read_list(v, f"{where}, grid '{k}'")
+        for k, v in read_mapping(parts.get("grid", {}), f"{where}, grid").items()
+    }
     rule = str(parts.get("choose", "closest"))
     if rule not in RULES:
         raise InputError(f"{where}, tuning chooses by '{rule}'.", suggestion(rule, RULES))
     points = tuple(dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
-    seeds = _seeds(parts.get("seeds"), f"{where}, tuning seeds")
-    return Tuning(seeds, points, rule, _mapping(parts.get("at", {}), f"{where}, tuning at"))
+    seeds = read_seeds(parts.get("seeds"), f"{where}, tuning seeds")
+    return Tuning(seeds, points, rule, read_mapping(parts.get("at", {}), f"{where}, tuning at"))
+
+
+def _chosen(parts: Mapping[str, Any], where: str, arms: Sequence[str]) -> Tuning:
+    """Return the points of a chosen.json, each arm's by its name."""
+    if len(parts) > 1:
+        others = ", ".join(name for name in parts if name != "chosen")
+        raise InputError(
+            f"{where} has chosen, and {others} as well.", "Give one: in a recipe that extends another, replace: true."
+        )
+    path = str(parts["chosen"])
+    if not Path(path).is_file():
+        raise InputError(f"{where}: chosen '{path}' does not exist.", "Give a chosen.json that loku bench wrote.")
+    found = read_object(Path(path), "Give a chosen.json that loku bench wrote.").get("arms")
+    if not isinstance(found, Mapping) or not all(isinstance(arm, Mapping) and "point" in arm for arm in found.values()):
+        raise InputError(f"{where}: '{path}' holds no chosen points.", "Give a chosen.json that loku bench wrote.")
+    for arm in arms:
+        if arm not in found:
+            raise InputError(f"{where}: '{path}' has no arm '{arm}'.", suggestion(arm, map(str, found)))
+    return Tuning(chosen={arm: dict(found[arm]["point"]) for arm in arms}, source=path)
 
 
 def _check_stages(recipe: Recipe, where: str) -> None:
@@ -335,6 +332,10 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         elif set(stage) != {"model"}:
             raise InputError(f"{label} has no data.", "Give data and its training, or nothing but the model's name.")
         known.append(name)
+    if recipe.attack is not None and RETAIN_ONLY not in recipe.stages:
+        raise InputError(
+            f"{where} has attacks, but no stage '{RETAIN_ONLY}'.", "Add it: scores are relative to that model."
+        )
     if recipe.noise_floor and "data" not in recipe.stages.get(RETAIN_ONLY, {}):
         raise InputError(f"{where} has a noise_floor, but trains no stage '{RETAIN_ONLY}'.", "Leave noise_floor out.")
     if len(recipe.tuning.points) > 1 and recipe.tuning.choose == "closest" and RETAIN_ONLY not in recipe.stages:

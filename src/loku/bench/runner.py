@@ -89,10 +89,11 @@ def describe(schedule: Schedule, workers: int) -> str:
     """Return what a benchmark is to do, and its core-hours."""
     recipe, counts = schedule.recipe, schedule.counts()
     hours = schedule.core_hours()
+    attacked = f", {counts['attacks']} sets of models under attack" if counts["attacks"] else ""
     cost = "unknown until the first runs are done" if hours is None else f"about {hours:.2f} core-hours"
     return (
         f"{recipe.title}: {len(schedule.arms)} arms, seeds {', '.join(map(str, recipe.seeds))}; {counts['models']} "
-        f"sets of models, {counts['tuning']} tuning runs, {counts['final']} runs; {schedule.done()} done.\n"
+        f"sets of models, {counts['tuning']} tuning runs, {counts['final']} runs{attacked}; {schedule.done()} done.\n"
         f"Still to come: {cost}, on {workers or 'all'} workers."
     )
 
@@ -106,7 +107,7 @@ def write_outcome(schedule: Schedule, root: Path) -> Path:
         if found is not None:
             choices[arm.name] = {"point": dict(found[0]), "tuned_as": recipe.tuned_as(arm).name, "scores": found[1]}
     write_json(root / "chosen.json", {"rule": recipe.tuning.choose, "arms": choices})
-    models = [schedule.record(schedule.models(seed)) for seed in recipe.seeds]
+    models = [schedule.measured(seed) for seed in recipe.seeds]
     measured = [found for found in models if found is not None]
     write_collection([compact(record) for record in (*measured, *schedule.finished())], root / "runs.jsonl")
     return write_leaderboard(recipe, measured, schedule.finished(), choices, root)

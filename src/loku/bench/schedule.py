@@ -41,6 +41,19 @@ class Schedule:
         """Return the task that makes a seed's models."""
         return Task("models", self.root, seed, self.recipe)
 
+    def attacks(self) -> list[Task]:
+        """Return the tasks that attack each reported seed's own models; none without attacks on the arms to be run."""
+        wanted = [seed for seed in self.recipe.seeds if any(self.recipe.attacked(arm, seed) for arm in self.arms)]
+        return [Task("attacks", self.root, seed, self.recipe) for seed in wanted]
+
+    def measured(self, seed: int) -> Record | None:
+        """Return a seed's models as they are reported: with what attacks found on the noise floor's, if any did."""
+        found = self.record(self.models(seed))
+        if found is None or self.recipe.attack is None:
+            return found
+        attacked = self.record(Task("attacks", self.root, seed, self.recipe))
+        return found if attacked is None else {**found, "attacks": attacked["models"]}
+
     def trial(self, arm: Arm, point: Mapping[str, Any], seed: int) -> Task:
         """Return the task of one run."""
         return Task("trial", self.root, seed, self.recipe, arm, point)
@@ -81,8 +94,15 @@ class Schedule:
         tuning = [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
         final = [task for arm in self.arms for task in self.final(arm)]
         without = {task.seed for task in models}
-        trials = {task.path: task for task in (*tuning, *final) if task.seed not in without}
-        return [*models, *(task for task in trials.values() if self.record(task) is None)]
+        attacks = [task for task in self.attacks() if task.seed not in without and self.record(task) is None]
+        alone = {task.seed for task in attacks}
+        trials = {
+            task.path: task
+            for task in (*tuning, *final)
+            if task.seed not in without and task.arm is not None
+            and not (task.seed in alone and self.recipe.attacked(task.arm, task.seed))
+        }  # fmt: skip
+        return [*models, *attacks, *(task for task in trials.values() if self.record(task) is None)]
 
     def model_seeds(self) -> tuple[int, ...]:
         """Return the seeds that models are needed for: those of the tuning only where something is tuned."""
@@ -93,35 +113,57 @@ class Schedule:
         """Return how many tasks of each kind there are in all; runs that serve two purposes count once."""
         tuning = {task.path for arm in self.tuned_arms() for group in self.tuning(arm) for task in group}
         final = len(self.arms) * len(self.recipe.seeds)
-        return {"models": len(self.model_seeds()), "tuning": len(tuning), "final": final}
+        return {
+            "models": len(self.model_seeds()),
+            "tuning": len(tuning),
+            "final": final,
+            "attacks": len(self.attacks()),
+        }
 
     def done(self) -> int:
         """Return how many of the tasks are done."""
-        tasks = [self.models(seed) for seed in self.model_seeds()]
+        tasks = [*(self.models(seed) for seed in self.model_seeds()), *self.attacks()]
         tasks += [task for arm in self.tuned_arms() for group in self.tuning(arm) for task in group]
         tasks += [task for arm in self.arms for task in self.final(arm)]
         return len({task.path for task in tasks if self.record(task) is not None})
 
     def seconds(self) -> dict[str, float | None]:
-        """Return what a task of each kind takes: the median of those that are done, else what the recipe expects."""
+        """Return what a task of each kind takes: the median of those that are done, else what the recipe expects.
+
+        "attack" is one model under all attacks, which is no part of "trial".
+        """
         models = [self.record(self.models(seed)) for seed in self.model_seeds()]
         taken = [found["seconds"]["all"] for found in models if found is not None]
-        runs = [found["seconds"]["all"] for found in self._found.values() if "arm" in found]
+        own = [found["seconds"] for found in self._found.values() if "arm" in found]
+        runs = [seconds["all"] - seconds.get("attacks", 0.0) for seconds in own]
+        attacks = [seconds["attacks"] for seconds in own if "attacks" in seconds]
         expected = self.recipe.seconds
         return {
             "models": median(taken) if taken else expected.get("models"),
             "trial": median(runs) if runs else expected.get("trial"),
+            "attack": median(attacks) if attacks else expected.get("attack"),
         }
 
     def core_hours(self) -> float | None:
         """Return the core-hours that are still to come, or None when nothing is known of them."""
         counts, seconds = self.counts(), self.seconds()
-        models, trial = seconds["models"], seconds["trial"]
-        if models is None or trial is None:
+        models, trial, attack = (seconds[kind] for kind in ("models", "trial", "attack"))
+        if models is None or trial is None or (attack is None and self.attacks()):
             return None
         missing = sum(self.record(self.models(seed)) is None for seed in self.model_seeds())
-        trials = counts["tuning"] + counts["final"] - (self.done() - (counts["models"] - missing))
-        return (missing * models + trials * trial) / 3600
+        alone = sum(self.record(task) is None for task in self.attacks())
+        done = self.done() - (counts["models"] - missing) - (counts["attacks"] - alone)
+        trials = counts["tuning"] + counts["final"] - done
+        attacked = alone * (2 + self.recipe.noise_floor) + self._unattacked()
+        return (missing * models + trials * trial + attacked * (attack or 0.0)) / 3600
+
+    def _unattacked(self) -> int:
+        """Return how many runs are still to be attacked."""
+        pairs = [(arm, seed) for arm in self.arms for seed in self.recipe.seeds if self.recipe.attacked(arm, seed)]
+        done = [
+            self.record(task) for arm in self.arms for task in self.final(arm) if self.recipe.attacked(arm, task.seed)
+        ]
+        return len(pairs) - sum(found is not None for found in done)
 
     def finished(self) -> list[Record]:
         """Return the runs that are reported, in the order of the arms, as far as they are there."""

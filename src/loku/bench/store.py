@@ -2,6 +2,7 @@
 
 <output>/recipe.yaml                          the recipe as it was given
 <output>/models/<id>/seed-<s>/                corpus, models, and models.json: target and retain-only measured
+<output>/models/<id>/seed-<s>/attacks-<id>/   what attacks found on the seed's own models, by row, for all of its runs
 <output>/runs/<arm>/<run id>/seed-<s>.json    one run: settings, figures, curve, relearning, costs, versions
 <output>/runs/<arm>/<run id>/seed-<s>.work/   while it runs, and after a kill: where the next call goes on
 <output>/runs/<arm>/<run id>/seed-<s>.error.txt    why it failed, until it is repeated
@@ -30,7 +31,7 @@ Record = dict[str, Any]
 class Task:
     """One piece of work that a worker can do from its fields alone."""
 
-    kind: str  # "models" or "trial"
+    kind: str  # "models", "attacks" (on the seed's own models) or "trial"
     root: str
     seed: int
     recipe: Recipe
@@ -40,6 +41,8 @@ class Task:
     @property
     def path(self) -> Path:
         """The file that is there when the task is done."""
+        if self.kind == "attacks" and self.recipe.attack is not None:
+            return attacks_folder(self.root, self.recipe, self.seed) / f"{self.recipe.attack.id}.json"
         if self.arm is None:
             return models_folder(self.root, self.recipe, self.seed) / "models.json"
         return run_file(self.root, self.recipe, self.arm, self.point or {}, self.seed)
@@ -53,7 +56,7 @@ class Task:
     def label(self) -> str:
         """How a person calls it."""
         if self.arm is None:
-            return f"models of seed {self.seed}"
+            return f"{'attacks on the ' if self.kind == 'attacks' else ''}models of seed {self.seed}"
         point = ", ".join(f"{name} {value}" for name, value in (self.point or {}).items())
         return f"{self.arm.name}{f' ({point})' if point else ''}, seed {self.seed}"
 
@@ -63,9 +66,16 @@ def models_folder(root: str | Path, recipe: Recipe, seed: int) -> Path:
     return Path(root) / "models" / recipe.models_id() / f"seed-{seed}"
 
 
+def attacks_folder(root: str | Path, recipe: Recipe, seed: int) -> Path:
+    """Return the folder of what the recipe's attacks found on a seed's own models."""
+    assert recipe.attack is not None
+    return models_folder(root, recipe, seed) / f"attacks-{recipe.attack.common_id}"
+
+
 def run_file(root: str | Path, recipe: Recipe, arm: Arm, point: Mapping[str, Any], seed: int) -> Path:
     """Return the file of a run."""
-    return Path(root) / "runs" / arm.slug / recipe.run_id(arm, point) / f"seed-{seed}.json"
+    found = recipe.run_id(arm, point, attacked=recipe.attacked(arm, seed))
+    return Path(root) / "runs" / arm.slug / found / f"seed-{seed}.json"
 
 
 def read_record(path: Path) -> Record | None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loku.bench.attacking import attack_run
 from loku.bench.figures import figures_of
 from loku.bench.models import (
     located,
@@ -87,6 +88,9 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     if recipe.relearn is not None:
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
+    if task.arm is not None and recipe.attacked(task.arm, task.seed):
+        with run.timed("attacks"):
+            found["attacks"] = attack_run(task, result, work)
     return found | _known(run.record, work, folder)
 
 

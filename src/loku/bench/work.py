@@ -7,6 +7,7 @@ import traceback
 
 import torch
 
+from loku.bench.attacking import attack_models
 from loku.bench.models import build_models
 from loku.bench.store import Task
 from loku.bench.trial import run_trial
@@ -26,7 +27,7 @@ def run_task(task: Task) -> Outcome:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # a process on a GPU does many tasks
     try:
-        build_models(task) if task.arm is None else run_trial(task)
+        {"models": build_models, "attacks": attack_models, "trial": run_trial}[task.kind](task)
     except InputError as error:
         return Outcome(task.label, "refused", f"{task.label}: {error.given}", error.remedy)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,22 +44,33 @@ class BenchRow(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Section:
+    """A table of the page, with what is said above it."""
+
+    rows: Sequence[BenchRow]
+    columns: Sequence[str]
+    note: str
+
+
 def write_bench_page(
     title: str,
-    note: str,
-    rows: Sequence[BenchRow],
-    columns: Sequence[str],
+    figures: Section,
     choices: Mapping[str, Any],
     output: Path,
+    *,
+    robustness: Section | None = None,
+    source: str | None = None,
 ) -> Path:
-    """Write the page and return its path."""
+    """Write the page and return its path; `source` names the file that the arms' settings are from, if any."""
+    rows, columns = figures.rows, figures.columns
     numbers = _numbers(rows)
     content = {
         "title": title,
         "numbers": numbers,
-        "note": note,
-        "rows": rows,
-        "columns": columns,
+        "figures": figures,
+        "robustness": robustness,
+        "source": source,
         "scatter": _scatter(rows, columns, numbers),
         "costs": _costs(rows),
         "tuned": [(name, found) for name, found in choices.items() if found["scores"]],
