@@ -333,9 +333,7 @@ def _check_stages(recipe: Recipe, where: str) -> None:
             raise InputError(f"{label} has no data.", "Give data and its training, or nothing but the model's name.")
         known.append(name)
     if recipe.attack is not None and RETAIN_ONLY not in recipe.stages:
-        raise InputError(
-            f"{where} has attacks, but no stage '{RETAIN_ONLY}'.", "Add it: scores are relative to that model."
-        )
+        raise InputError(f"{where} has attacks, but no stage '{RETAIN_ONLY}'.", "Add it: scores are relative to it.")
     if recipe.noise_floor and "data" not in recipe.stages.get(RETAIN_ONLY, {}):
         raise InputError(f"{where} has a noise_floor, but trains no stage '{RETAIN_ONLY}'.", "Leave noise_floor out.")
     if len(recipe.tuning.points) > 1 and recipe.tuning.choose == "closest" and RETAIN_ONLY not in recipe.stages:
