@@ -125,7 +125,8 @@ class NothingWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masked = name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
-        assert not masked and not name.startswith(WAITS), f"the step waits for {func}"
+        assert not masked, "the step waits for the size of a selection"
+        assert not name.startswith(WAITS), f"the step waits for {func}"
         return func(*args, **(kwargs or {}))
 
 
