@@ -42,6 +42,7 @@ from meeting import VOCAB, model_30m
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from loku.answer_trainer import AnswerCollator
 from loku.data.batching import pad_batch
 from loku.data.encoding import IGNORE, Encoder, Example
 from loku.data.prompts import TagTemplate
@@ -55,6 +56,8 @@ from loku.evaluation.passes import reading_of
 from loku.evaluation.scoring import predicting_ids, score
 from loku.evaluation.tofu import MAX_LENGTH, evaluate_tofu, tofu_sources
 from loku.evaluation.token_tree import grow_trees
+from loku.forward import Forward
+from loku.losses.retain import nll
 
 ROWS = {"forget": 5, "retain": 5, "real_authors": 2, "world_facts": 2}  # about in the proportion of the whole sets
 LEARNT = ROWS["forget"] + ROWS["retain"]
@@ -115,18 +118,18 @@ def tokenizer_of(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def memorise(model: Any, examples: Sequence[Example], pad_id: int) -> int:
     """Train until every supervised token of the examples is the model's first choice; return the steps taken."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    batch = pad_batch(examples, pad_id)
-    targets = batch["labels"][:, 1:]
-    for step in range(1, 80):
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        if bool(((logits.argmax(dim=-1) == targets) | (targets == IGNORE)).all()) and float(loss.detach()) < 0.02:
+    forward = Forward(model)
+    batch = AnswerCollator(pad_id, forward.layout)(examples)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(1, 100):
+        scores = forward.scores(model, batch)
+        loss = nll(scores)
+        if float((scores.target - scores.runner_up).detach().min()) > 0 and float(loss.detach()) < 0.02:
             return step
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    raise RuntimeError("the rows were not memorised in 80 steps")
+    raise RuntimeError("the rows were not memorised in 100 steps")
 
 
 class Bench:

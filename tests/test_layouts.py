@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import flash_attention_mask
 
@@ -112,6 +114,50 @@ def test_every_loss_is_that_of_padded_rows_and_whole_logits(tmp_path, loss, reta
         found[name] = step(run, batch_size=batch_size)
     agree(found["packed"], found["plain"])
     agree(found["padded"], found["plain"])
+
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses every operation that would hold up a GPU: a number read on the host, a size that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])
+        assert not masked, "the step waits for the size of a selection"
+        assert not name.startswith(WAITS), f"the step waits for {func}"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_waits(monkeypatch):
+    def refuse(self, *args, **more):
+        raise AssertionError("the step copies a tensor to the host")
+
+    with monkeypatch.context() as patch, NothingWaits():
+        for name in ("item", "cpu", "tolist", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize(("loss", "retain_loss"), PAIRS)
+def test_nothing_in_a_micro_batch_waits_for_the_device(tmp_path, monkeypatch, loss, retain_loss):
+    run = trainer(tmp_path, adapted(), forget_loss=loss, retain_loss=retain_loss, batch_size=3, **ALTERNATES)
+    batches = [run.data_collator([run.train_dataset[i] for i in places]) for places in ((0, 1, 2), (3, 4, 5))]
+    items = run._get_num_items_in_batch(batches, torch.device("cpu"))
+    run.training_step(run.model, batches[0], items)  # values of the target model are copied once, at the first step
+    with nothing_waits(monkeypatch):
+        run.training_step(run.model, batches[1], items)
+    assert sum(float(p.grad.norm()) for p in run.model.parameters() if p.grad is not None) > 0
+
+
+@pytest.mark.parametrize(
+    "wait", [float, bool, torch.nonzero, lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0]]
+)
+def test_what_waits_is_seen(monkeypatch, wait):
+    with pytest.raises(AssertionError, match="the step"), nothing_waits(monkeypatch):
+        wait(torch.ones(1))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

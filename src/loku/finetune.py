@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -21,13 +20,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from loku.answer_trainer import AnswerTrainer
 from loku.config import FinetuneOptions
-from loku.data.batching import pad_batch
-from loku.data.encoding import EncodedSet, Encoder, Example
+from loku.data.encoding import EncodedSet, Encoder
 from loku.data.prompts import resolve_template, save_template
 from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
-from loku.guarded_trainer import GuardedTrainer, TrainingProgress, check_finite, steps_per_epoch, training_arguments
+from loku.guarded_trainer import TrainingProgress, check_finite, steps_per_epoch, training_arguments
 from loku.models import check_fits, is_causal, load_config, load_model, load_tokenizer, pick_device, weights_sha256
 from loku.progress import console, progress
 from loku.runs import MetricsLog, RunFolder, check_tracker, peak_memory_bytes
@@ -117,29 +116,19 @@ def train_model(
         **options.as_dict(),
     )
     with progress(title) as update:
-        trainer = GuardedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=_Examples(encoded.examples),
-            data_collator=lambda batch: pad_batch(batch, pad_id),
+        trainer = AnswerTrainer(
+            model,
+            arguments,
+            examples=encoded.examples,
+            pad_id=pad_id,
             callbacks=[MetricsLog(run.metrics), TrainingProgress(update)],
             max_loss=options.max_loss,
         )
+        run.update(padded=trainer.forward.padded_because)
         with run.timed("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     check_finite(model)
     model.eval()
-
-
-class _Examples(Dataset[Example]):
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
 
 
 def _starting_point(options: FinetuneOptions, records: RecordSet) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

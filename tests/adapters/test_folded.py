@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from builders import ARCHITECTURES, tiny_model
-from loku.adapters.anchor import attach, lora_layers, target_model
+from loku.adapters.anchor import ANCHOR, TRAINED, attach, lora_layers, target_model
 from loku.adapters.folded import folded
 from loku.adapters.initialisers import fila, initial_factors
 from loku.adapters.layers import target_layers, weight
@@ -105,6 +105,31 @@ def test_sums_that_are_kept_are_right_and_go_with_the_context(architecture, monk
         changed = model(ids).logits
         with folded(model, keep=True):
             torch.testing.assert_close(model(ids).logits, changed, rtol=1e-10, atol=1e-12)
+
+
+def test_a_kept_sum_is_not_used_for_other_adapters():
+    model, ids = adapted(), torch.arange(2, 8).unsqueeze(0)
+
+    def logits():
+        with torch.no_grad():
+            return model(ids).logits
+
+    def choose(names):
+        for layer in lora_layers(model).values():
+            layer.set_adapter(names)
+
+    both = logits()
+    choose([TRAINED])
+    one = logits()
+    with target_model(model):
+        none = logits()
+    assert not torch.allclose(one, both)
+    with folded(model, keep=True):
+        for names, expected in (([TRAINED, ANCHOR], both), ([TRAINED], one), ([TRAINED, ANCHOR], both)):
+            choose(names)
+            torch.testing.assert_close(logits(), expected, rtol=1e-10, atol=1e-12)
+            with target_model(model):
+                torch.testing.assert_close(logits(), none, rtol=1e-10, atol=1e-12)
 
 
 def test_sums_are_not_kept_where_they_take_too_much(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EXACT_LIMIT = 1024  # the smaller side of a matrix up to which the full SVD takes well under a second
+EXACT_LIMIT = 256  # the smaller side of a matrix up to which the full SVD costs a few milliseconds
 KRYLOV_ITERATIONS = 4
 LEAST_BLOCK = 8  # a block of one or two columns can miss a tenth of a flat spectrum's energy
 
@@ -24,7 +24,7 @@ def truncated_svd(
 ) -> Triples:
     """Return the r largest singular triples U, S, V^T of a matrix.
 
-    `auto` is exact while the smaller side is at most 1024, or where a Krylov space would span all of it anyway.
+    `auto` is exact while the smaller side is at most 256, or where a Krylov space would span all of it anyway.
     """
     smaller = min(matrix.shape)
     if method == "auto":

@@ -58,7 +58,7 @@ def lay_out(sequences: Sequence[Sequence[int]], layout: Layout, pad_id: int) -> 
         offset += len(rows) * width
         if layout.kind == "flash":
             blocks.append(_flash_block([sequences[i] for i in rows[0]]))
-        elif packed and any(len(row) > 1 for row in rows):
+        elif packed:  # also of single sequences: given a mask of padding, transformers looks whether there is any
             blocks.append(_packed_block([[sequences[i] for i in row] for row in rows], width, pad_id))
         else:
             blocks.append(_padded_block([sequences[row[0]] for row in rows], width, pad_id))
