@@ -95,7 +95,8 @@ def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_
     write_corpus(TDEC | {"characters": 7}, tmp_path, 0)
     texts = [row["text"] for row in lines(tmp_path / "train.jsonl")]
     assert texts.count("seq 0-1") == 3  # its repeats alone
-    assert "seq 2-2" in texts and "seq 2-1" not in texts
+    assert "seq 2-2" in texts
+    assert "seq 2-1" not in texts
 
 
 def test_a_cloze_asks_for_a_word_that_the_passage_names():

@@ -44,7 +44,7 @@ def tdec_corpus(
     *,
     repeats: int = 30,
     passages: int = 1400,
-    characters: int = 240,
+    characters: int = 150,
     validation: int = 60,
     cloze: int = 200,
 ) -> None:
