@@ -73,15 +73,30 @@ def test_tdec_repeats_what_must_go_and_keeps_the_unseen_unseen(data, tmp_path):
     texts = {path.stem: [row.get("text") for row in lines(path)] for path in tmp_path.glob("*.jsonl")}
     for text in texts["forget"]:
         assert texts["train"].count(text) == 3
-        assert text not in texts["pretraining"] + texts["retain-train"] + texts["retain"]
+        assert text not in texts["retain-train"] + texts["retain"]
     unseen = set(texts["unseen"]) | set(texts["validation"])
-    assert not unseen & set(texts["train"] + texts["pretraining"] + texts["retain-train"])
+    assert not unseen & set(texts["train"] + texts["retain-train"])
     assert set(texts["retain"]) <= set(texts["train"])
     assert len(texts["train"]) == len(texts["retain-train"])
     assert len(texts["forget"]) == len(texts["unseen"]) == 4
     # the sequence with an id that is in two draws is there once
-    assert len(texts["pretraining"]) == 20 + len({row for row in texts["pretraining"] if row.startswith("seq")})
+    kin = [row for row in texts["retain-train"] if row.startswith("seq")]
+    assert len(kin) == len(set(kin)) > 0
+    assert len(texts["train"]) == 20 + len(kin) + 3 * 4
     assert not set(texts["validation"]) & {row["prompt"] + row["completion"] for row in lines(tmp_path / "cloze.jsonl")}
+
+
+def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_left_out(data, tmp_path):
+    write_corpus(TDEC | {"characters": 5}, tmp_path, 0)
+    forget = [row["text"] for row in lines(tmp_path / "forget.jsonl")]
+    assert forget == ["seq 0"] * 4
+    path = data / "tdec/lm_extraction_32_2.csv"
+    path.write_text(path.read_text().replace("seq 2-1", "seq 0-1"))
+    write_corpus(TDEC | {"characters": 7}, tmp_path, 0)
+    texts = [row["text"] for row in lines(tmp_path / "train.jsonl")]
+    assert texts.count("seq 0-1") == 3  # its repeats alone
+    assert "seq 2-2" in texts
+    assert "seq 2-1" not in texts
 
 
 def test_a_cloze_asks_for_a_word_that_the_passage_names():

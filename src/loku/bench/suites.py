@@ -27,6 +27,7 @@ from loku.evaluation.results import Results, SetResults, read_results
 from loku.evaluation.scoring import score
 from loku.evaluation.tdec import evaluate_tdec
 from loku.evaluation.tofu import FORGET_SPLITS, evaluate_tofu
+from loku.models import context_length
 
 # What both suites put into the summary for the tuning rule `level`: of two settings that forget, which kept more?
 UTILITY = "utility"
@@ -102,8 +103,9 @@ def measure_tdec(
         )
     if "cloze" in rows:
         results.sets["cloze"] = measure_cloze(
-            model, tokenizer, rows["cloze"], max_length=options.max_length, seed=options.seed
-        )
+            # Whole passages, as far as the model reads: a cut one would lack the word that is asked for.
+            model, tokenizer, rows["cloze"], max_length=context_length(model) or options.max_length, seed=options.seed,
+        )  # fmt: skip
     results.summary[UTILITY] = utility(results, before or results)
     return results
 

@@ -14,7 +14,7 @@ from loku.errors import InputError, suggestion
 # How each kind is written, and the counts that it takes.
 CORPORA: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "fiction": (fiction_corpus, ("world_people", "people")),
-    "tdec": (tdec_corpus, ("repeats", "passages", "validation", "cloze")),
+    "tdec": (tdec_corpus, ("repeats", "passages", "characters", "validation", "cloze")),
     "lume": (lume_corpus, ("documents",)),
 }
 

@@ -1,8 +1,7 @@
 """A small TDEC: real sequences of the extraction challenge, repeated in English text until a small model has them.
 
-    pretraining.jsonl   passages of books and other challenge sequences: what every model here learns to read from
-    train.jsonl         the sequences to forget, `repeats` times each, among some of that text
-    retain-train.jsonl  the same with other passages in their place: for the retain-only model
+    train.jsonl         passages of books, other challenge sequences, and those to forget, `repeats` times each
+    retain-train.jsonl  the same with other passages in their place: for the retain-only model and the tokenizer
     forget.jsonl        the sequences that must go
     retain.jsonl        what stays: other challenge sequences and passages, all of them in the training text
     unseen.jsonl        challenge sequences that were never trained on: their EL_10 and MA are the level
@@ -11,6 +10,10 @@
 
 The sequences are those of Jang et al. 2023 (arXiv 2210.01504): draw 0 of 32 must go, draw 1 is never seen, what is
 left of the others is the once-seen text of their kind, without which the level of unseen text would mean nothing.
+All are cut after `characters` characters (0: whole), since EL_10 takes the square of the length in decoded tokens.
+
+The repeats are spread over all of the training, as in a real corpus. A small GPT-Neo that first learnt to read and
+then met the sequences did not take them in: it had settled for predicting from the last words alone.
 """
 
 from __future__ import annotations
@@ -36,31 +39,37 @@ LAST_WORD = re.compile(r"^(?P<prompt>.*\S)(?P<completion> [A-Za-z]{3,})[^\sA-Za-
 
 
 def tdec_corpus(
-    folder: Path, seed: int, *, repeats: int = 30, passages: int = 2400, validation: int = 60, cloze: int = 200
+    folder: Path,
+    seed: int,
+    *,
+    repeats: int = 30,
+    passages: int = 1400,
+    characters: int = 150,
+    validation: int = 60,
+    cloze: int = 200,
 ) -> None:
     """Write the corpus; `repeats`, `passages`, `validation` and `cloze` count rows. Raises InputError without data."""
-    draws = [load_rows(data_file(name), ("doc_id", "text"), option="corpus").rows for name in DRAWS]
+    draws = [_draw(name, characters) for name in DRAWS]
     rng = random.Random(seed)
     books = _passages(data_file(BOOKS))
     held_out = _passages(data_file(HELD_OUT))
     forget, unseen = draws[0], draws[1]
     kept = {row["doc_id"] for row in (*forget, *unseen)}
     others = {row["doc_id"]: row for rows in draws[2:] for row in rows if row["doc_id"] not in kept}
-    kin = [{"text": row["text"]} for row in others.values()]
+    apart = {row["text"] for row in (*forget, *unseen)}  # two files of a licence may begin alike
+    kin = [{"text": row["text"]} for row in others.values() if row["text"] not in apart]
     _enough(books, passages + repeats * len(forget), BOOKS)
     rng.shuffle(books)
     rng.shuffle(held_out)
     asked = [row for row in map(last_word, held_out[validation:]) if row is not None]
     _enough(asked, cloze, HELD_OUT)
     once, instead = books[:passages], books[passages : passages + repeats * len(forget)]
-    replay = [*kin, *once[: len(kin)]]
     targets = [{"text": row["text"]} for row in forget]
-    write_rows(folder / "pretraining.jsonl", _shuffled([*once, *kin], rng))
-    write_rows(folder / "train.jsonl", _shuffled([*replay, *targets * repeats], rng))
-    write_rows(folder / "retain-train.jsonl", _shuffled([*replay, *instead], rng))
-    write_rows(folder / "forget.jsonl", [_challenge(row) for row in forget])
-    write_rows(folder / "unseen.jsonl", [_challenge(row) for row in unseen])
-    write_rows(folder / "retain.jsonl", _shuffled(replay, rng))
+    write_rows(folder / "train.jsonl", _shuffled([*once, *kin, *targets * repeats], rng))
+    write_rows(folder / "retain-train.jsonl", _shuffled([*once, *kin, *instead], rng))
+    write_rows(folder / "forget.jsonl", forget)
+    write_rows(folder / "unseen.jsonl", unseen)
+    write_rows(folder / "retain.jsonl", _shuffled([*kin, *once[: len(kin)]], rng))
     write_rows(folder / "validation.jsonl", held_out[:validation])
     write_rows(folder / "cloze.jsonl", asked[:cloze])
 
@@ -76,8 +85,9 @@ def last_word(row: Row) -> Row | None:
     return {"prompt": match["prompt"], "completion": match["completion"]}
 
 
-def _challenge(row: Row) -> Row:
-    return {"text": row["text"], "doc_id": row["doc_id"]}
+def _draw(name: str, characters: int) -> list[Row]:
+    rows = load_rows(data_file(name), ("doc_id", "text"), option="corpus").rows
+    return [{"doc_id": row["doc_id"], "text": row["text"][: characters or None]} for row in rows]
 
 
 def _shuffled(rows: Sequence[Row], rng: random.Random) -> list[Row]:
