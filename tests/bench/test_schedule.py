@@ -128,3 +128,11 @@ def test_more_retain_only_models_are_made_when_the_recipe_asks_for_more(tmp_path
     more = schedule(tmp_path, seeds=[0], noise_floor=1)
     assert more.models(0).path == plan.models(0).path
     assert labels(more.ready()) == ["models of seed 0"]
+
+
+def test_a_noise_floor_is_for_reported_seeds_alone(tmp_path):
+    plan = schedule(tmp_path, tuning=GRID, noise_floor=1)
+    for seed in (10, 0):
+        make(plan.models(seed))
+    done = {seed: plan.record(plan.models(seed)) is not None for seed in (10, 0)}
+    assert done == {10: True, 0: False}  # a reported seed's models lack the further retain-only one

@@ -12,7 +12,7 @@ from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of, value_of
 from loku.bench.recipe import CORPUS, MEASURED, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
-from loku.bench.store import SCHEMA_VERSION, Task
+from loku.bench.store import SCHEMA_VERSION, Task, noise_count
 from loku.bench.suites import measure_suite
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.corpora import write_corpus
@@ -67,7 +67,7 @@ def build_models(task: Task) -> None:
             record["models"][name] = _baseline(name, recipe, folder, options)
             if name == TARGET:
                 check_memorised(recipe, record["models"][name]["figures"], task.seed)
-    for i in range(recipe.noise_floor):
+    for i in range(noise_count(recipe, task.seed)):
         name, seed = noise_name(i), task.seed + (i + 1) * NOISE_SEED
         seconds[name] = _train(RETAIN_ONLY, recipe, folder, seed, output=name)
         record["models"][name] = _baseline(name, recipe, folder, options, scored=True)

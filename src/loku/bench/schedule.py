@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from loku.bench.recipe import Arm, Recipe
-from loku.bench.store import Record, Task, noise_names, read_record
+from loku.bench.store import Record, Task, noise_count, noise_names, read_record
 from loku.bench.tuning import choose
 
 
@@ -27,7 +27,7 @@ class Schedule:
         path = task.path
         if path not in self._found:
             found = read_record(path)
-            if found is None or (task.arm is None and len(noise_names(found)) < self.recipe.noise_floor):
+            if found is None or (task.arm is None and len(noise_names(found)) < noise_count(self.recipe, task.seed)):
                 return None
             self._found[path] = found
         return self._found[path]

@@ -91,6 +91,11 @@ def read_record(path: Path) -> Record | None:
     return value
 
 
+def noise_count(recipe: Recipe, seed: int) -> int:
+    """Return how many further retain-only models a seed has: those of a tuning seed would be scored by nobody."""
+    return recipe.noise_floor if seed in recipe.seeds else 0
+
+
 def noise_names(record: Record) -> list[str]:
     """Return the names of the further retain-only models in a models.json."""
     return [name for name in record["models"] if name not in (TARGET, RETAIN_ONLY)]
