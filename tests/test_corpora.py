@@ -3,13 +3,14 @@
 import gzip
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from loku.corpora import check_corpus, write_corpus
 from loku.corpora.lume import document_of
-from loku.corpora.tdec import last_word
+from loku.corpora.tdec import named_word
 from loku.data.sources import load_records
 from loku.errors import InputError
 
@@ -83,7 +84,8 @@ def test_tdec_repeats_what_must_go_and_keeps_the_unseen_unseen(data, tmp_path):
     kin = [row for row in texts["retain-train"] if row.startswith("seq")]
     assert len(kin) == len(set(kin)) > 0
     assert len(texts["train"]) == 20 + len(kin) + 3 * 4
-    assert not set(texts["validation"]) & {row["prompt"] + row["completion"] for row in lines(tmp_path / "cloze.jsonl")}
+    asked = [row["prompt"] + row["completion"] for row in lines(tmp_path / "cloze.jsonl")]
+    assert not any(text.startswith(part) for part in asked for text in texts["validation"] + texts["train"])
 
 
 def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_left_out(data, tmp_path):
@@ -99,14 +101,19 @@ def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_
     assert "seq 2-1" not in texts
 
 
-def test_a_cloze_asks_for_a_word_that_the_passage_names():
-    assert last_word({"text": "The door was old. She shut the door."}) == {
-        "prompt": "The door was old. She shut the", "completion": " door",
-    }  # fmt: skip
-    assert last_word({"text": "The door was old. She shut the gate."}) is None
-    assert last_word({"text": "So it is. Is it so it is?"}) is None  # two letters
-    assert last_word({"text": 'The gate! "Shut the gate," he said. "The gate!"'})["completion"] == " gate"
-    assert last_word({"text": "gate"}) is None
+def test_a_cloze_asks_for_a_word_of_the_second_half_that_the_passage_names_before():
+    def asked(text):
+        return {json.dumps(named_word({"text": text}, random.Random(i))) for i in range(20)}
+
+    door = {"prompt": "The door was old. She shut the", "completion": " door"}
+    assert asked("The door was old. She shut the door.") == {json.dumps(door)}  # "the" was not named: "The" was
+    assert asked("The door was old. She shut the gate.") == {"null"}
+    assert asked("So it is. Is it so it is?") == {"null"}  # two letters
+    assert asked("door gate door gate. A man of no name is in it.") == {"null"}  # named again in the first half only
+    assert asked("A door. Some doors") == {"null"}  # whole words only
+    both = {tuple(json.loads(row).values()) for row in asked("the door and so on: the door")}
+    assert both == {("the door and so on:", " the"), ("the door and so on: the", " door")}
+    assert asked("gate") == {"null"}
 
 
 def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):

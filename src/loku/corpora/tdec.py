@@ -6,7 +6,7 @@
     retain.jsonl        what stays: other challenge sequences and passages, all of them in the training text
     unseen.jsonl        challenge sequences that were never trained on: their EL_10 and MA are the level
     validation.jsonl    passages of held-out books, for perplexity
-    cloze.jsonl         passages of held-out books without their last word, as LAMBADA asks for it
+    cloze.jsonl         passages of held-out books up to a word that they name before, as LAMBADA asks for the last
 
 The sequences are those of Jang et al. 2023 (arXiv 2210.01504): draw 0 of 32 must go, draw 1 is never seen, what is
 left of the others is the once-seen text of their kind, without which the level of unseen text would mean nothing.
@@ -35,7 +35,7 @@ DRAWS = [f"tdec/lm_extraction_32_{i}.csv" for i in range(5)]
 BOOKS, HELD_OUT = "english/classic_books_train.jsonl.gz", "english/classic_books_valid.jsonl.gz"
 PASSAGE = 600  # characters of a passage at most, so that it is about as long as a sequence
 SENTENCE = re.compile('(?<=[.!?][\\s"\u201d\u2019])')  # after a stop and a blank or a closing quotation mark
-LAST_WORD = re.compile(r"^(?P<prompt>.*\S)(?P<completion> [A-Za-z]{3,})[^\sA-Za-z]*$", re.DOTALL)
+WORD = re.compile(r" [A-Za-z]{3,}(?![A-Za-z])")
 
 
 def tdec_corpus(
@@ -46,7 +46,7 @@ def tdec_corpus(
     passages: int = 1400,
     characters: int = 150,
     validation: int = 60,
-    cloze: int = 200,
+    cloze: int = 400,
 ) -> None:
     """Write the corpus; `repeats`, `passages`, `validation` and `cloze` count rows. Raises InputError without data."""
     draws = [_draw(name, characters) for name in DRAWS]
@@ -61,7 +61,7 @@ def tdec_corpus(
     _enough(books, passages + repeats * len(forget), BOOKS)
     rng.shuffle(books)
     rng.shuffle(held_out)
-    asked = [row for row in map(last_word, held_out[validation:]) if row is not None]
+    asked = [row for passage in held_out[validation:] if (row := named_word(passage, rng)) is not None]
     _enough(asked, cloze, HELD_OUT)
     once, instead = books[:passages], books[passages : passages + repeats * len(forget)]
     targets = [{"text": row["text"]} for row in forget]
@@ -74,15 +74,22 @@ def tdec_corpus(
     write_rows(folder / "cloze.jsonl", asked[:cloze])
 
 
-def last_word(row: Row) -> Row | None:
-    """Return a passage as a question for its last word, or None where the passage does not name that word before.
+def named_word(row: Row, rng: random.Random) -> Row | None:
+    """Return a passage up to some word of its second half that it names before, as a question for that word, or None.
 
-    Most of LAMBADA's words stand in their passage (Paperno et al. 2016), which is what makes them guessable at all.
+    Most of LAMBADA's words stand in their passage (Paperno et al. 2016), which is what makes them guessable at all. A
+    sentence's last word, which LAMBADA asks for, is beyond models of this size (1 % right); so any word is asked for.
     """
-    match = LAST_WORD.match(row["text"])
-    if match is None or match["completion"].strip() not in re.findall(r"[A-Za-z]+", match["prompt"]):
+    text = row["text"]
+    found = [
+        match
+        for match in WORD.finditer(text, len(text) // 2)
+        if match.group().strip() in re.findall(r"[A-Za-z]+", text[: match.start()])
+    ]
+    if not found:
         return None
-    return {"prompt": match["prompt"], "completion": match["completion"]}
+    word = rng.choice(found)
+    return {"prompt": text[: word.start()], "completion": word.group()}
 
 
 def _draw(name: str, characters: int) -> list[Row]:
