@@ -93,6 +93,22 @@ def test_columns_without_a_value_are_left_out():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("metric", "heading"), [("ma", "MA"), ("regurgitation", "forget regurgitation")])
+def test_a_suite_with_a_utility_of_its_own_has_its_column_and_its_plot(tmp_path, metric, heading):
+    def of(known, utility):
+        return figures(**{f"forget__{metric}": known, "utility": utility})
+
+    records = [models_record(0, target=of(0.99, 1.0), retain_only=of(0.1, 0.9))]
+    run = run_record("IHL", 0, of(0.2, 0.7))
+    found = {row.label: row for row in leaderboard_rows(records, [run], ["IHL"])}
+    assert found["IHL"].values["utility"] == [0.7]
+    assert {heading, "utility"} <= set(columns_of(list(found.values())))
+    recipe = parse_recipe(tiny(arms=[{"name": "IHL", "method": "ihl"}], seeds=[0]), "r.yaml")
+    html = write_leaderboard(recipe, records, [run], {}, tmp_path).read_text()
+    assert "<svg" in html
+    assert "No figure of forgetting" not in html
+
+
 def test_markdown_has_a_line_a_row():
     found = leaderboard_rows(models(), runs(), ["GA", "IHL"])
     lines = markdown(found, columns_of(found)).splitlines()

@@ -15,7 +15,7 @@ from loku.bench.store import Record
 from loku.bench.tuning import distance, steps_taken
 from loku.files import write_text
 
-# Columns, by heading: figures of the evaluation. Others are added by `_columns`.
+# Columns, by heading: figures of the evaluation. Others are added by `columns_of`.
 FIGURES = {
     "forget prob.": "forget.probability",
     "forget ROUGE-L": "forget.rougeL_recall",
@@ -42,6 +42,7 @@ FIGURES = {
     "task aggregate": "task_aggregate",
     "MIA score": "mia_score",
 }
+OWN_UTILITY = "utility"
 NOTE = (
     "Mean ± standard deviation over seeds {seeds}. The aim in every column is the retain-only row, not zero: a figure "
     "beyond it is no virtue. `distance` is the mean absolute difference from the retain-only model of the same seed, "
@@ -80,6 +81,8 @@ def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: M
         figures = record.get("figures")
         for column, name in FIGURES.items():
             add(column, value_of(figures, name))
+        if value_of(figures, FIGURES["utility"]) is None:  # tdec and lume have one of their own
+            add("utility", value_of(figures, OWN_UTILITY))
         reference = models.get(seed, {}).get(RETAIN_ONLY, {}).get("figures")
         if reference is not None and role != "retain_only":
             add("distance", distance(figures, reference))

@@ -12,7 +12,8 @@ from loku.report.charts import Chart
 from loku.report.html import environment
 from loku.report.scatter import Point, scatter
 
-FORGET, UTILITY = ("forget prob.", "forget acc.", "forget ROUGE-L"), ("utility", "retain prob.")
+FORGET = ("MA", "forget prob.", "forget acc.", "forget ROUGE-L", "forget regurgitation")
+UTILITY = ("utility", "retain prob.")
 NAMED = 10  # more points than these are numbered: their names would not fit
 ROLES = {"noise": "retain_only"}  # other retain-only models are drawn as what they are
 
