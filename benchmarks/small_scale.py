@@ -68,26 +68,24 @@ STARTS = ("lora", "fila", "pissa", "fila-official", "fila-two-sided", "vila", "r
 BENCHES = {
     "fiction": (
         "Methods on the fictitious corpus, tuned alike",
-        """`loku bench recipes/bench/fiction.yaml`: 56 arms, each tuned on the same five learning rates, 1e-4 to 1e-2, on
-        seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row scores
-        other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the
-        other forget rows after relearning a quarter of them. All 560 tuning runs are done (second table); 21 arms have
-        all their reported runs and stand in the first, 35 are still to be run. The runs of me, satimp, ihl and rmu from
-        lora and of graddiff on all weights are those that [the attacks](robustness.md) were made on.
+        """`loku bench recipes/bench/fiction.yaml`: 56 arms, each tuned on the same five learning rates, 1e-4 to 1e-2,
+        on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row
+        scores other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on
+        the other forget rows after relearning a quarter of them. All 560 tuning runs are done (second table); 21 arms
+        have all their reported runs and stand in the first, 35 are still to be run. The runs of me, satimp, ihl and rmu
+        from lora and of graddiff on all weights are those that [the attacks](robustness.md) were made on.
 
-        What is nearest to the retain-only model: SimNPO (.06) and SatImp (.07) from plain LoRA, then IHL, LoKU, DPO, RMU
-        and GradDiff on all weights (.09). IHL is no longer ahead once every loss gets its own rate from a wide grid: on
-        the narrower one before, 2.5e-4 to 2e-3, the next best had been DPO at .10. No method reaches the noise floor, .01.
-        NPO shows why forget quality is read beside utility: p = .2 to .5 with a quarter to a third of the world's facts
-        gone.
+        What is nearest to the retain-only model: SimNPO (.06) and SatImp (.07) from plain LoRA, then IHL, LoKU, DPO,
+        RMU and GradDiff on all weights (.09). No method reaches the noise floor, .01. NPO shows why forget quality is
+        read beside utility: p = .2 to .5 with a quarter to a third of the world's facts gone.
 
         The paper's claims at this size. GA is unstable: reproduced; three of five rates destroy the model (distance .64
-        and more), the others leave half of the answers. GradDiff with plain LoRA is a poor trade: reproduced; .79 of the
-        answers' probability is left where it does least harm. But from FILA (.14) and on all weights (.09) it is not.
-        IHL keeps fluency and utility: in part; utility is .75 of .79, and its answers to forgotten questions repeat
-        themselves (14 %; 6 % in LoKU). FILA speeds up IHL and not the unbounded losses: not reproduced; LoKU reaches IHL's
-        distance at a third of its rate, not a smaller distance, and it is GradDiff that gains from FILA (.24 to .14);
-        see also [the ablation](ablation.md).""",
+        and more), the others leave half of the answers. GradDiff with plain LoRA is a poor trade: reproduced; .79 of
+        the answers' probability is left where it does least harm. But from FILA (.14) and on all weights (.09) it is
+        not. IHL keeps fluency and utility: in part; utility is .75 of .79, and its answers to forgotten questions
+        repeat themselves (14 %; 6 % in LoKU). FILA speeds up IHL and not the unbounded losses: not reproduced; LoKU
+        reaches IHL's distance at a third of its rate, not a smaller distance, and it is GradDiff that gains from FILA
+        (.24 to .14); see also [the ablation](ablation.md).""",
     ),
     "midsize-tofu": (
         "All of TOFU with a Llama of 97 million parameters, on one H200",
