@@ -154,7 +154,8 @@ BLOCKS |= {
     for method in ("ihl", "graddiff")
 }
 BLOCKS |= {
-    f"fiction_{method}_over_pissa": lambda method=method: paired(FICTION, method, "pissa")  # type: ignore[misc]
+    f"{place}_{method}_over_pissa": lambda name=name, method=method: paired(name, method, "pissa")  # type: ignore[misc]
+    for place, name in (("fiction", FICTION), ("tofu", TOFU))
     for method in ("ihl", "graddiff")
 }
 BLOCKS |= {"fiction_eps": lambda: eps(FICTION)}
