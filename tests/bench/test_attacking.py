@@ -36,6 +36,12 @@ ARMS = [
 MODELS = {"noise_floor": 1, "arms": ARMS}
 
 
+@pytest.fixture(autouse=True)
+def outspoken(monkeypatch):
+    """A task silences its process for good: here that is the one that all tests run in."""
+    monkeypatch.setattr("loku.bench.work.forward_to", lambda sink: None)
+
+
 def bench(folder, **changes):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tiny(**(MODELS | changes))))
     return cli.main(["bench", str(folder / "recipe.yaml"), "--output", str(folder / "out"), "--workers", "1"])

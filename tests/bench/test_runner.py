@@ -149,7 +149,7 @@ def alive(mark):
     return found
 
 
-def until(condition, what, seconds=90):
+def until(condition, what, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"no {what} within {seconds} s"

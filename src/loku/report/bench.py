@@ -87,8 +87,7 @@ def _numbers(rows: Sequence[BenchRow]) -> dict[str, int]:
 
 
 def _scatter(rows: Sequence[BenchRow], columns: Sequence[str], numbers: Mapping[str, int]) -> Chart | None:
-    across = next((column for column in UTILITY if column in columns), None)
-    down = next((column for column in FORGET if column in columns), None)
+    across, down = _axis(rows, columns, UTILITY), _axis(rows, columns, FORGET)
     if across is None or down is None:
         return None
     points = []
@@ -98,6 +97,13 @@ def _scatter(rows: Sequence[BenchRow], columns: Sequence[str], numbers: Mapping[
             label = "other seeds" if row.role == "noise" else str(numbers.get(row.label, row.label))
             points.append(Point(label, x, y, ROLES.get(row.role, row.role), name=row.label))
     return scatter(points, "forget-utility", across, down) if points else None
+
+
+def _axis(rows: Sequence[BenchRow], columns: Sequence[str], wanted: Sequence[str]) -> str | None:
+    """Return the first wanted column that every model has which is no arm: without them a plot has no aim."""
+    models = [row for row in rows if row.role != "unlearned"]
+    found = (column for column in wanted if column in columns and all(row.mean(column) is not None for row in models))
+    return next(found, None)
 
 
 def _costs(rows: Sequence[BenchRow]) -> list[dict[str, Any]]:
