@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku import cli
+from loku.assessment_rows import AssessmentRows
+from loku.config import UnlearnOptions, resolve
 from loku.data.encoding import Encoder
 from loku.data.prompts import TagTemplate
 from loku.data.sources import load_records
 from loku.evaluation.tdec import evaluate_tdec
+from loku.job import prepare
 from loku.models import load_model, load_tokenizer
+from loku.watch_plan import plan_watch
 from loku.watching import measure_sets
 
 FAST = (
@@ -225,6 +229,19 @@ def test_texts_stop_by_the_tdec_rule(capsys, tmp_path, model_folder):
     assert after.summary["forgotten"] == 1
     assert after.mean("forget", "ma") == pytest.approx(lines[-1]["forget"]["ma"], abs=1e-6)
     assert after.mean("forget", "el_10") == pytest.approx(lines[-1]["forget"]["el_10"], abs=1e-6)
+    # Results of the target that have these rows spare the measurement; others do not.
+    given = {"model": str(target), "forget": str(forget), "retain": str(retain), "eval_steps": 2, "stop_at": "level"}
+    options = resolve(UnlearnOptions, given, {}, where="")
+    job = prepare(load_model(str(target)), tokenizer, data, load_records(retain), options)
+    plan = plan_watch(job, options, AssessmentRows(holdout=unseen, target=before))
+    assert plan.holdout is None
+    assert plan.level.rule == ("ma", "el_10")
+    assert plan.level.source == found["level"]["source"]
+    assert plan.level.figures == pytest.approx(level)
+    one = evaluate_tdec(load_model(str(target)), tokenizer, data=data, holdout=unseen, max_rows=1, max_length=500)
+    plan = plan_watch(job, options, AssessmentRows(holdout=unseen, target=one))
+    assert plan.level is None
+    assert len(plan.holdout) == 2
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(capsys, tmp_path, common, model_folder, forget_file):

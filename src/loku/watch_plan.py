@@ -26,6 +26,7 @@ NO_LEVEL = (
     "Give --retain-only-model (a model trained without the forget rows), or --holdout (rows of the same kind that were "
     "never trained on), or the figures themselves with --level."
 )
+TARGET_ON_HOLDOUT = "the target on the holdout rows"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class WatchPlan:
 def plan_watch(job: Job, options: UnlearnOptions, rows: AssessmentRows) -> WatchPlan | None:
     """Encode and check what is measured while training; None without --eval-steps. Raises InputError before any work.
 
-    The level is that of --level, else of the retain-only model on the forget rows, else of the target on --holdout.
+    The level is that of --level, else of the retain-only model on the forget rows, else of the target on --holdout
+    (from `rows.target`, where it was measured before).
     Running text has the level of TDEC's rule: MA and, with --stop-at level, EL_10.
     """
     if not options.eval_steps:
@@ -148,7 +150,7 @@ def _with_source(
         return WatchPlan(plan.sets, plan.text, retain_only_model=rows.retain_only_model)
     results = rows.reference.results if rows.reference is not None else None
     if results is not None and not plan.text:
-        figures = _figures_of(results, [record.index for record in forget])
+        figures = _figures_of(results, "forget", forget, QA_FIGURES)
         if figures is not None:
             return WatchPlan(plan.sets, plan.text, level=Level(figures, QA_FIGURES, "the retain-only model's results"))
     if rows.holdout is None:
@@ -161,6 +163,10 @@ def _with_source(
         )
     encoded = _encoded(job, holdout, "--holdout")
     _check_long_enough(encoded, "--holdout", options, text=plan.text)
+    if rows.target is not None and plan.text:  # EL_10 of unseen text is the dearest figure there is
+        figures = _figures_of(rows.target, "holdout", holdout, ("probability", *TEXT_FIGURES))
+        if figures is not None:
+            return WatchPlan(plan.sets, plan.text, level=Level(figures, TEXT_FIGURES, TARGET_ON_HOLDOUT))
     return WatchPlan(plan.sets, plan.text, holdout=encoded)
 
 
@@ -172,13 +178,16 @@ def _check_long_enough(rows: Rows, option: str, options: UnlearnOptions, *, text
         )
 
 
-def _figures_of(results: Results, indices: Sequence[int]) -> dict[str, float] | None:
-    """Return the level figures of a results file's forget rows, or None where it lacks a row or a figure."""
-    found = results.sets.get("forget")
+def _figures_of(
+    results: Results, name: str, records: Sequence[Record], figures: Sequence[str]
+) -> dict[str, float] | None:
+    """Return a set's means over these rows from a results file, or None where it lacks a row or a figure."""
+    found = results.sets.get(name)
     rows: dict[int, Mapping[str, float]] = {int(row["index"]): row for row in found.per_example} if found else {}
-    if not all(index in rows and all(name in rows[index] for name in QA_FIGURES) for index in indices):
+    indices = [record.index for record in records]
+    if not all(index in rows and all(figure in rows[index] for figure in figures) for index in indices):
         return None
-    return {name: sum(rows[index][name] for index in indices) / len(indices) for name in QA_FIGURES}
+    return {figure: sum(rows[index][figure] for index in indices) / len(indices) for figure in figures}
 
 
 def _measured_level(plan: WatchPlan, model: nn.Module, job: Job, options: UnlearnOptions) -> Level:
@@ -197,7 +206,7 @@ def _measured_level(plan: WatchPlan, model: nn.Module, job: Job, options: Unlear
         assert plan.holdout is not None
         with target_model(model) as target:
             found = _level_figures(target, job.tokenizer, plan.holdout, text=plan.text, extracts=extracts)
-        source = "the target on the holdout rows"
+        source = TARGET_ON_HOLDOUT
     names = ("probability", *TEXT_FIGURES) if plan.text else QA_FIGURES
     rule = TEXT_FIGURES if plan.text else QA_FIGURES
     figures = {name: found[name] for name in names if name in found}

@@ -21,7 +21,7 @@ from loku.data.sources import RecordSet, load_records
 from loku.errors import InputError
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import load_reference
-from loku.evaluation.results import Results, write_results
+from loku.evaluation.results import Results, read_results, write_results
 from loku.files import read_json, write_json
 from loku.finetune import finetune
 from loku.models import load_model, load_tokenizer, weights_sha256
@@ -107,13 +107,17 @@ def measured_sources(recipe: Recipe, options: UnlearnOptions, folder: Path) -> d
     return {name: source for name, source in given.items() if source and source != "self"}
 
 
-def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None) -> AssessmentRows:
-    """Return what a run's measurements while training look at; `retain_only` is a model's name or results file."""
+def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None, target: Path | None = None) -> AssessmentRows:
+    """Return what a run's measurements while training look at.
+
+    `retain_only` is a model's name or results file, `target` the target's results file, where it was measured.
+    """
     retain, general, holdout = (rows.get(name) for name in ("retain", "general", "holdout"))
     measured = retain_only if retain_only and retain_only.endswith(".json") else None
     return AssessmentRows(
         retain=retain, general=general, holdout=holdout, retain_only_model=None if measured else retain_only,
         reference=load_reference(measured) if measured else None,
+        target=None if target is None else read_results(target),
     )  # fmt: skip
 
 

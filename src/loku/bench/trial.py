@@ -78,8 +78,10 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     model = load_model(str(options.model), dtype=dtype, device=options.device)
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
-    result = run_job(job, run, options, watched_rows(rows, _level_source(options, job, recipe, folder)))
-    against: dict[str, Any] = {"target": results_file(folder, TARGET)}
+    target = results_file(folder, TARGET)
+    watched = watched_rows(rows, _level_source(options, job, recipe, folder), target)
+    result = run_job(job, run, options, watched)
+    against: dict[str, Any] = {"target": target}
     if RETAIN_ONLY in recipe.stages:
         against["reference"] = results_file(folder, RETAIN_ONLY)
     with run.timed("evaluation"):
