@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +49,18 @@ class Losses(TrainerCallback):
             self.found.append((float(logs["loss"]), float(logs["grad_norm"])))
 
 
+def answers(folder, batch_size):
+    """Train on twelve rows, and write the losses: in one process, or as one of several."""
+    rows = [*EXAMPLES, example(10, 3, 5, 60), example(11, 2, 9, 61)]
+    losses = Losses()
+    options = arguments(folder, batch_size=batch_size, grad_accum=1, epochs=3.0)
+    AnswerTrainer(
+        tiny_model(seed=1), options, examples=rows, pad_id=PAD, max_loss=1000.0, callbacks=[losses]
+    ).train()  # fmt: skip
+    if options.process_index == 0:
+        (folder / "losses.json").write_text(json.dumps(losses.found))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neo", "gemma3_text"])
 def test_losses_and_weights_are_those_of_the_plain_trainer(tmp_path, architecture):
     ours, theirs = tiny_model(architecture, seed=1).double(), tiny_model(architecture, seed=1).double()
@@ -82,6 +99,22 @@ def test_a_step_over_micro_batches_is_one_over_all_rows():
         sum(losses).backward()
         found.append((sum(losses).detach(), [p.grad for p in trained.parameters()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    answers(one, batch_size=6)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(Path(__file__).parent / "train_in_processes.py")]
+    outcome = subprocess.run(
+        [*command, str(two), "answers"], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    alone, together = (json.loads((folder / "losses.json").read_text()) for folder in (one, two))
+    assert len(alone) == 6
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_a_plain_head_is_trained_on_padded_rows(tmp_path):

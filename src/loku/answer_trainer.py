@@ -50,10 +50,8 @@ class AnswerTrainer(GuardedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """Count the supervised tokens in all micro-batches of the step and all processes."""
-        count = torch.tensor(float(sum(count_items(batch) for batch in batch_samples))).to(device)
-        if self.args.world_size > 1:
-            count = self.accelerator.gather(count.unsqueeze(0)).sum()
-        return count.clamp(min=1.0)
+        count = float(sum(count_items(batch) for batch in batch_samples))
+        return self.over_processes(torch.tensor(count).to(device)).clamp(min=1.0)
 
     def compute_loss(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loku.errors import DivergenceError, InputError
@@ -26,6 +26,10 @@ class GuardedTrainer(Trainer):
     def __init__(self, *args: Any, max_loss: float, callbacks: list[TrainerCallback], **more: Any) -> None:
         super().__init__(*args, callbacks=[_Guard(max_loss), *callbacks], **more)
         self.remove_callback(PrinterCallback)
+
+    def over_processes(self, counts: Tensor) -> Tensor:
+        """Return the sum over all processes of what each has counted in a step."""
+        return self.accelerator.gather(counts.unsqueeze(0)).sum(0) if self.args.world_size > 1 else counts
 
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
         check_finite(self.model)

@@ -137,10 +137,7 @@ class UnlearnTrainer(GuardedTrainer):
             found[0] += self.objective.forget.count(batch["forget"], batch.get("alternate"))
             if "retain" in batch:
                 found[1] += self.objective.retain.count(batch["retain"], batch.get("retain_alternate"))
-        counts = torch.tensor(found).to(device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts.unsqueeze(0)).sum(0)
-        return counts.clamp(min=1e-6)
+        return self.over_processes(torch.tensor(found).to(device)).clamp(min=1e-6)
 
     def compute_loss(
         self,
