@@ -93,20 +93,31 @@ def measure(rows: int, columns: int, spectrum: str, rounds: int) -> dict[str, An
 
 
 def agreement() -> dict[str, float]:
-    """Return errors against the exact optimum where it is affordable; fail where they are no rounding."""
+    """Return errors against the exact optimum; fail where they are no rounding, or where Krylov loses 1 %."""
+    exact, approximate = _error_over_optimum(250, 200), _error_over_optimum(900, 700)
     M = matrix(900, 700, "decaying")
-    w = torch.rand(900) + 0.05
+    U, _, _ = block_krylov(M, RANK)
+    lost = 1 - energy(M, U) / optimum(M)
+    if not (abs(exact) <= 1e-4 and approximate <= 0.01 and lost <= 0.01):
+        raise SystemExit(
+            f"FILA's error is {exact:.1e} above the optimum where it is exact and {approximate:.1e} where it is not; "
+            f"block Krylov loses {lost:.1e} of the energy."
+        )
+    return {
+        "fila_error_over_optimum": exact,
+        "fila_error_over_optimum_by_krylov": approximate,
+        "krylov_energy_lost": lost,
+    }
+
+
+def _error_over_optimum(rows: int, columns: int) -> float:
+    """Return FILA's weighted squared error over that of the best factors of its rank, minus 1."""
+    M = matrix(rows, columns, "decaying")
+    w = torch.rand(rows, generator=torch.Generator().manual_seed(0)) + 0.05
     A, B, _ = fila(M, w, rank=RANK, scaling=2.0)
     S = torch.linalg.svdvals(w.double().sqrt().unsqueeze(1) * M.double())
     left = float((w.double().unsqueeze(1) * (M.double() - 2.0 * B.double() @ A.double()).square()).sum())
-    excess = left / float(S[RANK:].square().sum()) - 1
-    U, _, _ = block_krylov(M, RANK)
-    lost = 1 - energy(M, U) / optimum(M)
-    if not (abs(excess) <= 1e-4 and lost <= 0.01):
-        raise SystemExit(
-            f"FILA's error is {excess:.1e} above the optimum, block Krylov loses {lost:.1e} of the energy."
-        )
-    return {"fila_error_over_optimum": excess, "krylov_energy_lost": lost}
+    return left / float(S[RANK:].square().sum()) - 1
 
 
 def main() -> None:
