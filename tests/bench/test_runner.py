@@ -93,6 +93,9 @@ def test_a_run_says_what_it_was_made_of_and_what_it_cost(whole):
     assert models["models"]["retain-only-2"]["sha256"] != record["models"]["retain-only"]
     assert record["relearning"]["steps"] == [0, 1]
     assert set(record["relearning"]["means"]) == {"learned", "rest"}
+    tuning = [json.loads(path.read_text()) for path in (whole / "runs" / "ihl").rglob("seed-7.json")]
+    assert len(tuning) == 2
+    assert all(found["figures"] and "relearning" not in found for found in tuning)  # no choice looks at it
 
 
 def test_a_run_that_blows_up_is_a_result(whole):

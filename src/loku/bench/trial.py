@@ -87,7 +87,7 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     with run.timed("evaluation"):
         results = measure(recipe, folder, result.model, tokenizer, options, model_name=str(options.method), **against)
     found: dict[str, Any] = {"figures": figures_of(results)}
-    if recipe.relearn is not None:
+    if recipe.relearn is not None and task.seed in recipe.seeds:  # no choice of tuning looks at it
         with run.timed("relearning"):
             found["relearning"] = relearned(result.model, tokenizer, rows["forget"], recipe.relearn, options)
     if task.arm is not None and recipe.attacked(task.arm, task.seed):
