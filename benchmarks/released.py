@@ -98,12 +98,12 @@ def count(rows: Sequence[Example]) -> int:
     return sum(label != IGNORE for row in rows for label in row.labels[1:])
 
 
-def ihl_step(model: Any, pairs: Sequence[Pair], pad_id: int, length: int = LENGTH) -> float:
+def ihl_step(model: Any, pairs: Sequence[Pair], pad_id: int) -> float:
     """Add one optimiser step's gradients of IHL + cross entropy; return the loss."""
     total, items = 0.0, [count([pair[side] for pair in pairs]) for side in (0, 1)]
     for start in range(0, len(pairs), MICRO_BATCH):
         forget, retain = (
-            padded([pair[side] for pair in pairs[start : start + MICRO_BATCH]], pad_id, length) for side in (0, 1)
+            padded([pair[side] for pair in pairs[start : start + MICRO_BATCH]], pad_id) for side in (0, 1)
         )
         value, _ = inverted_hinge(model(**forget, use_cache=False).logits, forget["labels"])
         kept = model(**retain, use_cache=False)
@@ -116,14 +116,12 @@ def ihl_step(model: Any, pairs: Sequence[Pair], pad_id: int, length: int = LENGT
     return total
 
 
-def npo_kl_step(
-    model: Any, oracle: Any, pairs: Sequence[Pair], pad_id: int, length: int = LENGTH, beta: float = 0.1
-) -> float:
+def npo_kl_step(model: Any, oracle: Any, pairs: Sequence[Pair], pad_id: int, beta: float = 0.1) -> float:
     """Add one optimiser step's gradients of NPO + KL, both against a second model; return the loss."""
     total, items = 0.0, count([pair[1] for pair in pairs])
     for start in range(0, len(pairs), MICRO_BATCH):
         forget, retain = (
-            padded([pair[side] for pair in pairs[start : start + MICRO_BATCH]], pad_id, length) for side in (0, 1)
+            padded([pair[side] for pair in pairs[start : start + MICRO_BATCH]], pad_id) for side in (0, 1)
         )
         with torch.no_grad():
             reference = answer_logprobs(oracle(**forget, use_cache=False).logits, forget["labels"])

@@ -23,9 +23,8 @@ over a minute for them: fixed costs, which do not grow with the rows, weigh more
 Both ways run in every round, one after the other; ratios are taken within a round. The clock is the process's CPU time
 on one thread, memory the peak of torch's allocations above the start of a part. Before that three steps are compared,
 with IHL and with NPO and KL: at each of them losses and gradients of both ways must agree in float64, and those of loku
-in float32 must be no further from that than those of the released way (tokens known by heart make both
-ill-conditioned: the gradient is proportional to 1 - p), or the benchmark fails. How far the released way is off is a
-matter of luck, too: other paddings change nothing but the order of its sums, so the furthest of three is what counts.
+in float32 must be no more than twice as far from that as those of the released way (tokens known by heart make both
+ill-conditioned: the gradient is proportional to 1 - p), or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ from loku.unlearning import unlearn
 RANK, ALPHA, RATE, BATCH = 32, 64.0, 1e-3, 8
 COMPARED = 2  # forget rows, and as many retain rows, of a step that is compared in float64
 CPU = torch.device("cpu")
-PADDINGS = (released.LENGTH, 450, 550)  # each of them sums the same numbers in another order
 EXACT, ROUNDING = 1e-7, 5e-6  # relative: in float64 (norms are float32 even there), and least in float32
+ALIKE = 2.0  # where float32 leaves errors above that, loku's may be this much larger than the released way's
 
 
 class Compared:
@@ -192,8 +191,9 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def agreement(c: Compared, kind: str, steps: int = 3) -> list[dict[str, float]]:
     """Compare losses and gradients of both ways from the same weights, at several steps; fail where it is no rounding.
 
-    Both run in float64, where they must agree to `EXACT`, and in float32, where loku must be no further from that than
-    the released way is itself at the worst of `PADDINGS`. Weights move by an optimiser of ours; the other models are given them before each step.
+    Both run in float64, where they must agree to `EXACT`, and in float32, where loku must be no more than `ALIKE` times
+    as far from that as the released way is itself. Weights move by an optimiser of ours; the other models are given
+    them before each step.
     """
     factors, wide = c.factors(), copy.deepcopy(c.model).double()
     names = {"forget_loss": "npo", "retain_loss": "kl"} if kind == "npo and kl" else {}
@@ -215,18 +215,13 @@ def agreement(c: Compared, kind: str, steps: int = 3) -> list[dict[str, float]]:
                 for other in (*(model for model, _ in theirs.values()), ours["float64"]):
                     share_weights(ours["float32"], other)
                 results["loku", dtype] = loku_step(trainers[dtype], pairs, places)
-                for length in PADDINGS if dtype == "float32" else PADDINGS[:1]:
-                    result = released_step(*theirs[dtype], pairs, c.pad_id, length, npo=bool(names))
-                    results[f"released to {length}", dtype] = result
-            right, gradients = results.pop((f"released to {PADDINGS[0]}", "float64"))
-            errors = {key: (abs(loss - right) / max(abs(right), 1e-3), difference(other, gradients))
-                      for key, (loss, other) in results.items()}  # fmt: skip
+                results["released", dtype] = released_step(*theirs[dtype], pairs, c.pad_id, npo=bool(names))
+            right, gradients = results["released", "float64"]
             found.append({})
-            for place, part in enumerate(("loss", "gradient")):  # at the first step KL is 0, hence the 1e-3 above
-                found[-1] |= {f"loku {dtype}, {part}": errors["loku", dtype][place] for dtype in ours}
-                by_padding = [error[place] for (way, _), error in errors.items() if way != "loku"]
-                found[-1][f"released float32, {part}"] = max(by_padding)
-                found[-1][f"released float32, {part}, best padding"] = min(by_padding)
+            for (way, dtype), (loss, other) in results.items():
+                if (way, dtype) != ("released", "float64"):
+                    found[-1][f"{way} {dtype}, loss"] = abs(loss - right) / max(abs(right), 1e-3)  # the first KL is 0
+                    found[-1][f"{way} {dtype}, gradient"] = difference(other, gradients)
             optimiser.step()
             optimiser.zero_grad()
             check(found[-1], f"{kind}, step {step + 1}")
@@ -236,7 +231,7 @@ def agreement(c: Compared, kind: str, steps: int = 3) -> list[dict[str, float]]:
 def check(found: dict[str, float], where: str) -> None:
     """Stop where losses or gradients differ by more than rounding."""
     for part in ("loss", "gradient"):
-        allowed = max(ROUNDING, found[f"released float32, {part}"])
+        allowed = max(ROUNDING, ALIKE * found[f"released float32, {part}"])
         if not (found[f"loku float64, {part}"] <= EXACT and found[f"loku float32, {part}"] <= allowed):
             raise SystemExit(f"{where}: the two ways disagree: {found}.")
 
@@ -253,12 +248,12 @@ def loku_step(
 
 
 def released_step(
-    model: Any, oracle: Any, pairs: Sequence[released.Pair], pad_id: int, length: int, *, npo: bool
+    model: Any, oracle: Any, pairs: Sequence[released.Pair], pad_id: int, *, npo: bool
 ) -> tuple[float, dict[str, Tensor]]:
     """Return loss and gradients of a step of the released way."""
     if npo:
-        return released.gradients(model, lambda: released.npo_kl_step(model, oracle, pairs, pad_id, length))
-    return released.gradients(model, lambda: released.ihl_step(model, pairs, pad_id, length))
+        return released.gradients(model, lambda: released.npo_kl_step(model, oracle, pairs, pad_id))
+    return released.gradients(model, lambda: released.ihl_step(model, pairs, pad_id))
 
 
 def share_weights(ours: Any, theirs: Any) -> None:
