@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from builders import byte_level_tokenizer, tiny_model
@@ -33,6 +34,28 @@ def test_the_reason_for_the_plain_way_is_told():
     reason = "its attention window of 8 tokens is too small for trees"
     assert {note for *_, note in told} == {f"scoring, the plain way: {reason}", "generating"}
     assert told[-1][:2] == (6, 6)
+
+
+def test_answers_only_scores_and_asks_nothing_else_and_finds_the_same():
+    more = {"paraphrased_question": "Mira: born where?", "paraphrased_answer": "She was born, Mira was, in a place."}
+    rows = [row | more | {"perturbed_answer": ["Mira sang.", "Mira ran away."]} for row in ROWS]
+    model, encoder = tiny_model(), Encoder(TOKENIZER, TagTemplate(), 60)
+    told, found = [], []
+    for only in (False, True):
+        effort = Effort(fit_answers=True, answers_only=only)
+        found.append(measure(
+            model, TOKENIZER, encoder, {"forget": list(load_records(rows))}, effort=effort,
+            progress=lambda *update: told.append(update),
+        )["forget"])  # fmt: skip
+        told.append(None)
+    totals = [told[told.index(None) - 1][1], told[-2][1]]
+    assert totals == [3 * (1 + 1 + 2 + 2), 3 * 2]
+    for whole, answer in zip(*found, strict=True):
+        assert answer.generations == whole.generations  # as long as theirs: the limit is that of all answers
+        assert (answer.paraphrased, answer.perturbed, answer.asked_otherwise) == (None, [], None)
+        ours, theirs = answer.numbers(), whole.numbers()
+        assert "truth_ratio" not in ours and "paraphrase_exact_match" not in ours
+        assert ours == pytest.approx({name: theirs[name] for name in ours}, abs=1e-5)
 
 
 def test_what_is_memorised_is_not_decoded(monkeypatch):

@@ -138,7 +138,7 @@ def relearn(
     )
 
     def look(step: int) -> None:
-        effort = Effort(None, max_new_tokens, fit_answers=True)
+        effort = Effort(None, max_new_tokens, fit_answers=True, answers_only=True)
         _record(curve, step, measure(model, tokenizer, encoder, {n: list(r) for n, r in probe.items()}, effort=effort))
 
     with evaluating(model), _trainable(model, tune, rank, seed) as parameters:

@@ -40,12 +40,14 @@ class Effort:
     """Limits, batch sizes and cache.
 
     `max_length` counts prompt and answer, `max_new_tokens` the answer; None: no such limit. With `fit_answers` an
-    answer may also not be longer than twice the longest reference answer plus 8 tokens.
+    answer may also not be longer than twice the longest reference answer plus 8 tokens. With `answers_only` a row's answer
+    is all that is scored, and its question all that is asked: nothing is paraphrased or perturbed.
     """
 
     max_length: int | None = None
     max_new_tokens: int | None = None
     fit_answers: bool = False
+    answers_only: bool = False
     batch_tokens: int = BATCH_TOKENS
     batch_rows: int = BATCH_ROWS
     cache: BatchCache | None = None
@@ -179,7 +181,7 @@ def measure(
     `progress` is told, too, when a model does not take the fast way, and why: the numbers are the same, only later.
     Raises InputError before any work for rows that `check_measurable` refuses.
     """
-    work, measured = _plan(model, tokenizer, encoder, sets)
+    work, measured = _plan(model, tokenizer, encoder, sets, answers_only=effort.answers_only)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     total = len(work.examples) + len(work.prompts)
     done = 0
@@ -239,12 +241,17 @@ def _fitted(longest: int) -> int:
 
 
 def _plan(
-    model: nn.Module, tokenizer: Any, encoder: Encoder, sets: Mapping[str, Sequence[Record]]
+    model: nn.Module,
+    tokenizer: Any,
+    encoder: Encoder,
+    sets: Mapping[str, Sequence[Record]],
+    *,
+    answers_only: bool = False,
 ) -> tuple[_Work, dict[str, list[Measured]]]:
     """Encode everything that is to be scored or continued, and check that the model can read it."""
     work = _Work()
     measured = {
-        name: [_plan_row(work, encoder, tokenizer, record, f"--{name}") for record in records]
+        name: [_plan_row(work, encoder, tokenizer, record, f"--{name}", answers_only) for record in records]
         for name, records in sets.items()
     }
     check_fits(model, tokenizer, max((len(example.input_ids) for example in work.examples), default=0))
@@ -263,7 +270,9 @@ def _new_tokens(limits: Sequence[int | None], effort: Effort, longest: int) -> l
     return [common if limit is None else min(limit, common) for limit in limits]
 
 
-def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option: str) -> Measured:
+def _plan_row(
+    work: _Work, encoder: Encoder, tokenizer: Any, record: Record, option: str, answers_only: bool
+) -> Measured:
     """Put a row's work on the list; return the row."""
     examples = encoder.encode(record, option)
     if record.is_text:
@@ -278,11 +287,13 @@ def _plan_row(work: _Work, encoder: Encoder, tokenizer: Any, record: Record, opt
     if record.perturbed_answers:
         if record.paraphrased_answer is not None:
             encoded.append(encoder.encode_answer(record, record.paraphrased_answer, option=option))
-            work.score(encoded[-1], lambda found: setattr(row, "paraphrased", found))
-        for false in record.perturbed_answers:
-            work.score(encoder.encode_answer(record, false, option=option), row.perturbed.append)
+        if not answers_only:
+            for other in encoded[len(examples) :]:
+                work.score(other, lambda found: setattr(row, "paraphrased", found))
+            for false in record.perturbed_answers:
+                work.score(encoder.encode_answer(record, false, option=option), row.perturbed.append)
     work.ask(row.prompts[0], row.generations.append, source=source)
-    if record.paraphrased_question is not None and not record.messages:
+    if record.paraphrased_question is not None and not record.messages and not answers_only:
         other = encoder.encode_answer(record, answer, record.paraphrased_question, option)
         work.ask(prompt_of(other), lambda found: setattr(row, "asked_otherwise", found))
     longest = max(len(example.input_ids) - len(prompt_of(example)) for example in encoded)
