@@ -40,8 +40,8 @@ class Effort:
     """Limits, batch sizes and cache.
 
     `max_length` counts prompt and answer, `max_new_tokens` the answer; None: no such limit. With `fit_answers` an
-    answer may also not be longer than twice the longest reference answer plus 8 tokens. With `answers_only` a row's answer
-    is all that is scored, and its question all that is asked: nothing is paraphrased or perturbed.
+    answer may also not be longer than twice the longest reference answer plus 8 tokens. With `answers_only` a row's
+    answer is all that is scored, and its question all that is asked: nothing is paraphrased or perturbed.
     """
 
     max_length: int | None = None
