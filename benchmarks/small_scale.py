@@ -69,29 +69,29 @@ BENCHES = {
     "fiction": (
         "Methods on the fictitious corpus, tuned alike",
         """`loku bench recipes/bench/fiction.yaml`: 56 arms, each tuned on the same five learning rates, 1e-4 to 1e-2,
-        on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row
-        scores other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on
-        the other forget rows after relearning a quarter of them; GradDiff and IHL also start from every initialiser. The
+        on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row scores
+        other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the
+        other forget rows after relearning a quarter of them; GradDiff and IHL also start from every initialiser. The
         second table shows what the tuning found.
 
         What is nearest to the retain-only model: SimNPO from plain LoRA and on all weights, and SatImp on all weights
         (.06); then SatImp from LoRA and FILA, and WGA, ME and RMU on all weights (.07). IHL lies at .08 to .11 from
         wherever it starts, LoKU at .09, as do DPO and GradDiff on all weights. No method reaches the noise floor, .01.
         All weights are nearer than plain LoRA for eight of fourteen losses, and much nearer for GradDiff, KL, ME and
-        PDU. What comes back by relearning is another order: .01 to .17 after IHL, .12 after SimNPO on all weights, .23 to .25
-        after SatImp, half and more after ME and RMU. NPO shows why forget quality is read beside utility: p = .2 to .5
-        with a quarter to a third of the world's facts gone. CE-U does not survive here: at its best rate on the tuning
-        seeds it is at .14, on the reported ones at .35, and on all weights every rate destroys the model.
+        PDU. What comes back by relearning is another order: .01 to .17 after IHL, .12 after SimNPO on all weights, .23
+        to .25 after SatImp, half and more after ME and RMU. NPO shows why forget quality is read beside utility: p = .2
+        to .5 with a quarter to a third of the world's facts gone. CE-U does not survive here: at its best rate on the
+        tuning seeds it is at .14, on the reported ones at .35, and on all weights every rate destroys the model.
 
         The paper's claims at this size. GA is unstable: reproduced; with plain LoRA three of five rates destroy the
-        model (distance .64 and more), the others leave half of the answers. GradDiff with plain LoRA is a poor trade: reproduced; .79 of
-        the answers' probability is left where it does least harm. But from a singular subspace (.12 to .15; ReGLU .17) and
-        on all weights (.09) it is not. IHL keeps fluency and utility: in part; utility is .75 of .79, and its answers to
-        forgotten questions repeat themselves (14 %; 6 % in LoKU, none from ReGLU). FILA speeds up IHL and not the
-        unbounded losses: not reproduced; LoKU reaches IHL's distance at a third of its rate, not a smaller distance,
-        PiSSA, which knows of no data, does the same, and it is GradDiff that gains from FILA (.24 to .14). Over the
-        other losses FILA against plain LoRA is a matter of hundredths both ways, but for ME (.12 to .08), PDU (.22 to
-        .17) and CE-U (.35 to .24); see also [the ablation](ablation.md).""",
+        model (distance .64 and more), the others leave half of the answers. GradDiff with plain LoRA is a poor trade:
+        reproduced; .79 of the answers' probability is left where it does least harm. But from a singular subspace (.12
+        to .15; ReGLU .17) and on all weights (.09) it is not. IHL keeps fluency and utility: in part; utility is .75 of
+        .79, and its answers to forgotten questions repeat themselves (14 %; 6 % in LoKU, none from ReGLU). FILA speeds
+        up IHL and not the unbounded losses: not reproduced; LoKU reaches IHL's distance at a third of its rate, not a
+        smaller distance, PiSSA, which knows of no data, does the same, and it is GradDiff that gains from FILA (.24 to
+        .14). Over the other losses FILA against plain LoRA is a matter of hundredths both ways, but for ME (.12 to
+        .08), PDU (.22 to .17) and CE-U (.35 to .24); see also [the ablation](ablation.md).""",
     ),
     "midsize-tofu": (
         "All of TOFU with a Llama of 97 million parameters, on one H200",
