@@ -69,8 +69,8 @@ BENCHES = {
     "fiction": (
         "Methods on the fictitious corpus, tuned alike",
         """`loku bench recipes/bench/fiction.yaml`: 56 arms, each tuned on the same five learning rates, 1e-4 to 1e-2,
-        on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row scores
-        other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the
+        on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row
+        scores other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the
         other forget rows after relearning a quarter of them; GradDiff and IHL also start from every initialiser. The
         second table shows what the tuning found.
 
