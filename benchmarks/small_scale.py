@@ -70,9 +70,9 @@ BENCHES = {
         "Methods on the fictitious corpus, tuned alike",
         """`loku bench recipes/bench/fiction.yaml`: 56 arms, each tuned on the same five learning rates, 1e-4 to 1e-2,
         on seeds 10 and 11 by the distance to the retain-only model; 100 steps, seeds 0 to 4. The last but one row
-        scores other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on the
-        other forget rows after relearning a quarter of them; GradDiff and IHL also start from every initialiser. The
-        second table shows what the tuning found.
+        scores other retain-only models as if they were unlearned: the noise floor. *Relearned rest* is the accuracy on
+        the other forget rows after relearning a quarter of them; GradDiff and IHL also start from every
+        initialiser. The second table shows what the tuning found.
 
         What is nearest to the retain-only model: SimNPO from plain LoRA and on all weights, and SatImp on all weights
         (.06); then SatImp from LoRA and FILA, and WGA, ME and RMU on all weights (.07). IHL lies at .08 to .11 from
