@@ -1,6 +1,6 @@
 """Where each second of a LoKU run goes: a profile of the run of whole_run.py, and of its training alone.
 
-    python benchmarks/profile_run.py --output benchmarks/results/profile.json        about 2 minutes on one core
+    python benchmarks/profile_run.py --output benchmarks/results/profile.json        about 9 minutes on one core
 
 Every operation's own time is put down to one heading: the head (everything within its sweep), attention, the optimiser,
 other matrix products, other operations on tensors; what no operation accounts for is Python, the Trainer, files, charts
