@@ -5,8 +5,8 @@
 The model, rows and adapter of whole_run.py; a step of 8 + 8 rows with IHL and cross entropy: its batches made, forward
 and backward, clipping and the optimiser, without what a training pays once (the Trainer's start, a collection of
 garbage, logging). The released way goes by micro-batches of 2 + 2 rows, as its scripts do; loku by all 8 + 8 at once
-(its default), by 4 + 4 and by 2 + 2, whose gradients must be the same to rounding. Every way runs in every round; memory
-is the peak of torch's allocations above the start of a step.
+(its default), by 4 + 4 and by 2 + 2, whose gradients must be the same to rounding. Every way runs in every round;
+memory is the peak of torch's allocations above the start of a step.
 """
 
 from __future__ import annotations
