@@ -71,6 +71,17 @@ def grid(name: str, method: str, read: Figure, digits: int = 2) -> str:
     return "\n".join(lines)
 
 
+def at_one_rank(name: str, method: str) -> str:
+    """Return a table of a benchmark that has one rank: initialisers down, figures across."""
+    lines = ["| starts from | steps | utility | relearned rest, prob. |", "| --- " * 4 + "|"]
+    for init in INITIALISERS:
+        found = [r for r in runs_of(name, method) if r["options"]["init"] == init]
+        if found:
+            cells = (cell(found, steps, 0), cell(found, figure("model_utility"), 3), cell(found, rest, 2))
+            lines.append(f"| {init} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def paired(name: str, method: str, base: str = "lora") -> str:
     """Return a table: steps of each initialiser over those of `base` on the same seed, same rank; and two differences.
 
@@ -135,28 +146,28 @@ def baselines(name: str) -> str:
     return "\n".join(lines)
 
 
-FICTION, TOFU = "initialisers-fiction", "initialisers-tofu-10"
+FICTION, TOFU, FIFTY = "initialisers-fiction", "initialisers-tofu-10", "initialisers-tofu-50"
+PLACES = {"fiction": FICTION, "tofu": TOFU, "fifty": FIFTY}
+METHODS = ("ihl", "graddiff")
 BLOCKS: dict[str, Callable[[], str]] = {
     f"{place}_{method}_{what}": lambda name=name, method=method, read=read, digits=digits: grid(  # type: ignore[misc]
         name, method, read, digits
     )
-    for place, name in (("fiction", FICTION), ("tofu", TOFU))
-    for method in ("ihl", "graddiff")
+    for place, name in PLACES.items()
+    for method in METHODS
     for what, read, digits in (
         ("steps", steps, 0),
         ("utility", figure("model_utility"), 3),
         ("rest", rest, 2),
     )
+    if name != FIFTY
 }
-BLOCKS |= {
-    f"{place}_{method}_paired": lambda name=name, method=method: paired(name, method)  # type: ignore[misc]
-    for place, name in (("fiction", FICTION), ("tofu", TOFU))
-    for method in ("ihl", "graddiff")
-}
-BLOCKS |= {
-    f"{place}_{method}_over_pissa": lambda name=name, method=method: paired(name, method, "pissa")  # type: ignore[misc]
-    for place, name in (("fiction", FICTION), ("tofu", TOFU))
-    for method in ("ihl", "graddiff")
-}
-BLOCKS |= {"fiction_eps": lambda: eps(FICTION)}
-BLOCKS |= {"fiction_baselines": lambda: baselines(FICTION), "tofu_baselines": lambda: baselines(TOFU)}
+BLOCKS |= {f"fifty_{method}": lambda method=method: at_one_rank(FIFTY, method) for method in METHODS}  # type: ignore[misc]
+for _place, _name in PLACES.items():
+    BLOCKS[f"{_place}_baselines"] = lambda name=_name: baselines(name)  # type: ignore[misc]
+    for _method in METHODS:
+        for _what, _base in (("paired", "lora"), ("over_pissa", "pissa")):
+            BLOCKS[f"{_place}_{_method}_{_what}"] = lambda name=_name, method=_method, base=_base: paired(  # type: ignore[misc]
+                name, method, base
+            )
+BLOCKS |= {f"{place}_eps": lambda name=PLACES[place]: eps(name) for place in ("fiction", "tofu")}  # type: ignore[misc]
