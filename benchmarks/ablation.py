@@ -20,6 +20,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 INITIALISERS = ("lora", "pissa", "fila-official", "fila", "fila-two-sided", "vila", "reglu")
 Record = dict[str, Any]
 Figure = Callable[[Record], float | None]
+LEVEL = ("probability", "exact_memorisation")  # the figures of the forget level
+NEAR = 0.02  # of them, where runs come close to the level and hover there
 
 
 def runs_of(name: str, method: str, *, eps: bool = False) -> list[Record]:
@@ -71,18 +73,45 @@ def grid(name: str, method: str, read: Figure, digits: int = 2) -> str:
     return "\n".join(lines)
 
 
+def steps_near(levels: dict[int, dict[str, float]]) -> Figure:
+    """Return a function that reads the step of the first look at which all figures were within `NEAR` of the level."""
+
+    def read(record: Record) -> float | None:
+        level = levels[record["seed"]]
+        near = (
+            row["step"] for row in record["curve"] if all(row[name] <= value + NEAR for name, value in level.items())
+        )
+        return next(near, None)
+
+    return read
+
+
+def levels_of(name: str) -> dict[int, dict[str, float]]:
+    """Return the forget level of every seed: what its retain-only model knows of the forget rows."""
+    found = {}
+    for record in read_collection(RESULTS / f"{name}.jsonl"):
+        if "arm" not in record:
+            figures = record["models"]["retain-only"]["figures"]
+            found[record["seed"]] = {key: value_of(figures, f"forget.{key}") or 0.0 for key in LEVEL}
+    return found
+
+
 def at_one_rank(name: str, method: str) -> str:
     """Return a table of a benchmark that has one rank: initialisers down, figures across."""
-    lines = ["| starts from | steps | utility | relearned rest, prob. |", "| --- " * 4 + "|"]
+    near = steps_near(levels_of(name))
+    lines = [f"| starts from | steps to {NEAR} from the level | steps to the level | utility | relearned rest, prob. |"]
+    lines.append("| --- " * 5 + "|")
     for init in INITIALISERS:
         found = [r for r in runs_of(name, method) if r["options"]["init"] == init]
         if found:
-            cells = (cell(found, steps, 0), cell(found, figure("model_utility"), 3), cell(found, rest, 2))
+            missed = sum(near(r) is None for r in found)
+            first = cell(found, near, 0) + (f" ({missed} of {len(found)} not reached)" if missed else "")
+            cells = (first, cell(found, steps, 0), cell(found, figure("model_utility"), 3), cell(found, rest, 2))
             lines.append(f"| {init} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def paired(name: str, method: str, base: str = "lora") -> str:
+def paired(name: str, method: str, base: str = "lora", taken: Figure = steps) -> str:
     """Return a table: steps of each initialiser over those of `base` on the same seed, same rank; and two differences.
 
     The ratio is the geometric mean over seeds and ranks with its 95 % interval (normal, on the logarithm); seeds at
@@ -97,7 +126,8 @@ def paired(name: str, method: str, base: str = "lora") -> str:
         pairs = [(r, plain[r["options"]["rank"], r["seed"]]) for r in mine]
         if not pairs:
             continue
-        logs = [math.log(steps(a) / steps(b)) for a, b in pairs if steps(a) and steps(b)]
+        counts = [(taken(a), taken(b)) for a, b in pairs]
+        logs = [math.log(one / other) for one, other in counts if one and other]
         cells = [_ratio(logs)]
         for read in (figure("model_utility"), rest):
             values = [(read(a), read(b)) for a, b in pairs]
@@ -168,6 +198,6 @@ for _place, _name in PLACES.items():
     for _method in METHODS:
         for _what, _base in (("paired", "lora"), ("over_pissa", "pissa")):
             BLOCKS[f"{_place}_{_method}_{_what}"] = lambda name=_name, method=_method, base=_base: paired(  # type: ignore[misc]
-                name, method, base
+                name, method, base, steps_near(levels_of(name)) if name == FIFTY else steps
             )
 BLOCKS |= {f"{place}_eps": lambda name=PLACES[place]: eps(name) for place in ("fiction", "tofu")}  # type: ignore[misc]
