@@ -115,7 +115,8 @@ def paired(name: str, method: str, base: str = "lora", taken: Figure = steps) ->
     """Return a table: steps of each initialiser over those of `base` on the same seed, same rank; and two differences.
 
     The ratio is the geometric mean over seeds and ranks with its 95 % interval (normal, on the logarithm); seeds at
-    which either did not reach the level count with the steps they had, so a ratio is then a bound.
+    which either did not reach the level count with the steps they had, so a ratio is then a bound. `taken` reads the
+    steps; a pair where it finds none counts for the differences only.
     """
     runs = runs_of(name, method)
     plain = {(r["options"]["rank"], r["seed"]): r for r in runs if r["options"]["init"] == base}
@@ -137,6 +138,8 @@ def paired(name: str, method: str, base: str = "lora", taken: Figure = steps) ->
 
 
 def _ratio(logs: Sequence[float]) -> str:
+    if not logs:
+        return "-"
     half = 1.96 * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
     low, middle, high = (math.exp(mean(logs) + side * half) for side in (-1, 0, 1))
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
