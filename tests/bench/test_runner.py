@@ -266,7 +266,7 @@ def test_processes_are_new_for_each_task_or_kept(tmp_path, monkeypatch, keep):
     assert not any(process.is_alive() for process in processes.alive)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed; pip install 'loku[ray]'")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'")
 def test_a_ray_cluster_gives_the_same_figures(tmp_path, whole):
     rate = json.loads((whole / "chosen.json").read_text())["arms"]["IHL"]["point"]["learning_rate"]
     arms = [{"name": "IHL", "method": "ihl", "learning_rate": rate}]
@@ -287,7 +287,7 @@ def test_a_ray_cluster_gives_the_same_figures(tmp_path, whole):
 def test_ray_that_is_not_there_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, err = run(capsys, write_recipe(tmp_path), "--backend", "ray", "--output", tmp_path / "out")
-    assert (status, "Ray is not installed" in err, "pip install 'loku[ray]'" in err) == (2, True, True)
+    assert (status, "Ray is not installed" in err, "pip install ray, or '.[ray]'" in err) == (2, True, True)
     status, _, err = run(capsys, write_recipe(tmp_path), "--ray-address", "auto", "--output", tmp_path / "out")
     assert (status, "--ray-address auto is of no use" in err, "Add --backend ray" in err) == (2, True, True)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import torch
 from builders import CORPUS, byte_level_tokenizer, tiny_model
 from loku import cli
 
-pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "loku[lm-eval]"')
+pytest.importorskip("lm_eval", reason='needs lm-eval: pip install ".[lm-eval]"')
 
 from loku.errors import InputError
 from loku.evaluation.cache import BatchCache

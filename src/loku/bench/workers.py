@@ -52,7 +52,9 @@ def cores() -> int:
 def check_backend(backend: str, address: str | None = None) -> None:
     """Raise InputError when Ray is asked for and not installed, and for an address without Ray."""
     if backend == "ray" and importlib.util.find_spec("ray") is None:
-        raise InputError("--backend ray was given, but Ray is not installed.", "pip install 'loku[ray]'")
+        raise InputError(
+            "--backend ray was given, but Ray is not installed.", "pip install ray, or '.[ray]' in loku's sources."
+        )
     if backend != "ray" and address:
         raise InputError(f"--ray-address {address} is of no use without Ray.", "Add --backend ray, or leave it out.")
 

@@ -74,7 +74,10 @@ def parse_utility(text: str) -> Utility:
         else:
             names.append(name)
     if (names or any(kind != "dialogue" for kind, _ in sources.values())) and not lm_eval_version():
-        raise InputError("--utility needs the package lm_eval, which is not installed.", 'pip install "loku[lm-eval]"')
+        raise InputError(
+            "--utility needs the package lm_eval, which is not installed.",
+            "pip install lm-eval, or '.[lm-eval]' in loku's sources.",
+        )
     return Utility(tuple(names), {name: (kind, _READERS[kind](source)) for name, (kind, source) in sources.items()})
 
 
