@@ -80,10 +80,11 @@ BENCHES = {
         (.06); then SatImp from LoRA and FILA, and WGA, ME and RMU on all weights (.07). IHL lies at .08 to .11 from
         wherever it starts, LoKU, DPO (from LoRA and FILA) and GradDiff on all weights at .09. No method reaches the
         noise floor, .01. All weights are nearer than plain LoRA for eight of fourteen losses, and much nearer for
-        GradDiff, KL, ME and PDU. What comes back by relearning is another order: .01 to .17 after IHL, .12 after SimNPO on all weights, .23
-        to .25 after SatImp, half and more after ME and RMU. NPO shows why forget quality is read beside utility: p = .2
-        to .5 with a quarter to a third of the world's facts gone. CE-U does not survive here: at its best rate on the
-        tuning seeds it is at .14, on the reported ones at .35, and on all weights every rate destroys the model.
+        GradDiff, KL, ME and PDU. What comes back by relearning is another order: .01 to .17 after IHL, .12 after
+        SimNPO on all weights, .23 to .25 after SatImp, half and more after ME and RMU. NPO shows why forget quality is
+        read beside utility: p = .2 to .5 with a quarter to a third of the world's facts gone. CE-U does not survive
+        here: at its best rate on the tuning seeds it is at .14, on the reported ones at .35, and on all weights every
+        rate destroys the model.
 
         The paper's claims at this size. GA is unstable: reproduced; with plain LoRA three of five rates destroy the
         model (distance .64 and more), the others leave half of the answers. GradDiff with plain LoRA is a poor trade:
