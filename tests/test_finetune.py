@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
-from loku import cli
+from loku import cli, finetune
 from loku.data.prompts import TagTemplate
 from loku.data.records import parse_rows
 from loku.errors import InputError
@@ -60,6 +60,25 @@ def test_a_given_model_is_trained_and_an_interrupted_run_resumes(capsys, tmp_pat
     assert run(capsys, *common, "--output", tmp_path / "again")[0] == 0  # from its last checkpoint
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_a_run_killed_after_its_last_step_takes_no_other(capsys, tmp_path, model_folder, forget_file, monkeypatch):
+    def arguments(name):
+        steps = ["--max-steps", 2, "--save-steps", 1, "--scheduler", "constant", "--learning-rate", "1e-2"]
+        given = ["--model", model_folder, "--data", forget_file, "--output", tmp_path / name]
+        return ["finetune", *given, "--batch-size", 2, "--grad-accum", 1, "--threads", 1, *steps]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    assert run(capsys, *arguments("whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "check_finite", killed)
+        run(capsys, *arguments("resumed"))
+    assert not (tmp_path / "resumed" / "model.safetensors").exists()
+    assert run(capsys, *arguments("resumed"))[0] == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_run_on_rows_that_changed_since_is_refused(capsys, tmp_path, model_folder, forget_file):

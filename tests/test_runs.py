@@ -170,6 +170,9 @@ def test_steps_after_the_checkpoint_are_logged_again(tmp_path):
     run.metrics.write_text("\n".join(lines) + '\n{"step": 6, "lo')  # killed while writing
     run.rewind_metrics(run.checkpoints / "checkpoint-3")
     assert run.metrics.read_text().splitlines() == lines[:3]
+    run.curve.write_text('{"step": 0, "forget": {"ma": 1.0}}\n{"step": 2, "forget": {"ma": 0.5}')  # within the line
+    run.rewind_metrics(run.checkpoints / "checkpoint-3")
+    assert run.curve.read_text() == '{"step": 0, "forget": {"ma": 1.0}}\n'
     run.rewind_metrics(None)
     assert run.metrics.read_text() == ""
 

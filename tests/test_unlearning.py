@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import loku
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
-from loku import cli
+from loku import cli, training
 from loku.adapters.initialisers import INITIALISERS
 from loku.errors import DivergenceError, InputError
 from loku.models import weights_sha256
@@ -123,6 +123,30 @@ def test_a_killed_run_resumes_exactly(tmp_path, model_folder, forget_file, retai
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     steps = [json.loads(x)["step"] for x in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 121))
+
+
+def test_a_run_killed_after_its_last_step_takes_no_other(
+    capsys, tmp_path, model_folder, forget_file, retain_file, monkeypatch
+):
+    """Steps end within an epoch, at the full rate: one more would show in the weights."""
+    more = ["--no-evaluate", "--max-steps", "4", "--save-steps", "2", "--scheduler", "constant", "--eval-steps", "2"]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    whole = command(model_folder, forget_file, retain_file, tmp_path / "whole", *more)
+    resumed = command(model_folder, forget_file, retain_file, tmp_path / "resumed", *more)
+    assert run(capsys, *whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_export", killed)
+        run(capsys, *resumed)
+    assert not (tmp_path / "resumed" / "adapter").exists()
+    assert run(capsys, *resumed)[0] == 0
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    for file, steps in (("metrics.jsonl", [1, 2, 3, 4]), ("curve.jsonl", [0, 2, 4])):
+        lines = (tmp_path / "resumed" / file).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == steps
 
 
 def test_a_half_written_checkpoint_is_ignored(capsys, tmp_path, model_folder, forget_file, retain_file):

@@ -126,7 +126,7 @@ def train_model(
         )
         run.update(padded=trainer.forward.padded_because)
         with run.timed("training"):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train_from(checkpoint)
     check_finite(model)
     model.eval()
 

@@ -27,6 +27,29 @@ class GuardedTrainer(Trainer):
         super().__init__(*args, callbacks=[_Guard(max_loss), *callbacks], **more)
         self.remove_callback(PrinterCallback)
 
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, or go on from a checkpoint; from one of the last step nothing is left to train.
+
+        (transformers' own `train` enters the epoch of a checkpoint again and takes a step before it looks at max_steps.)
+        """
+        if checkpoint is not None and checkpoint_step(checkpoint) >= self.total_steps():
+            self.load_weights(checkpoint)
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def load_weights(self, checkpoint: str | Path) -> None:
+        """Put a checkpoint's weights into the model, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def total_steps(self) -> int:
+        """Return the optimiser steps that training makes in all."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        batches = len(self.get_train_dataloader())
+        return math.ceil(
+            self.args.num_train_epochs * max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
+        )
+
     def over_processes(self, counts: Tensor) -> Tensor:
         """Return the sum over all processes of what each has counted in a step."""
         return self.accelerator.gather(counts.unsqueeze(0)).sum(0) if self.args.world_size > 1 else counts
@@ -34,6 +57,11 @@ class GuardedTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **more: Any) -> None:
         check_finite(self.model)
         super()._save_checkpoint(*args, **more)
+
+
+def checkpoint_step(checkpoint: str | Path) -> int:
+    """Return the optimiser step that a checkpoint folder is from."""
+    return int(Path(checkpoint).name.rsplit("-", 1)[-1])
 
 
 class _Guard(TrainerCallback):

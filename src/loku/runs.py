@@ -140,12 +140,11 @@ class RunFolder:
         return found[-1] if found else None
 
     def rewind_metrics(self, checkpoint: Path | None) -> None:
-        """Drop the logged and measured steps after a checkpoint: a resumed run logs them again."""
+        """Drop the logged and measured steps after a checkpoint, and a line that was cut off: they are made again."""
         step = int(checkpoint.name.rsplit("-", 1)[-1]) if checkpoint else 0
         for file in (self.metrics, self.curve):
             if file.is_file():
-                lines = [line for line in file.read_text().split("\n") if line.endswith("}")]
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
+                kept = [line for line in file.read_text().split("\n") if 0 <= _step_of(line) <= step]
                 write_text(file, "".join(line + "\n" for line in kept))
 
 
@@ -157,6 +156,14 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise InputError(f"'{file}' is not the config.yaml of a run.", "Choose a new --output folder.")
     return settings
+
+
+def _step_of(line: str) -> int:
+    """Return the step of a logged line; -1 for one that is empty or was cut off as it was written."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def _is_json(file: Path) -> bool:

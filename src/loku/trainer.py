@@ -19,7 +19,7 @@ from loku.data.batching import PairedCollator, PairedDataset
 from loku.data.encoding import Example
 from loku.errors import InputError
 from loku.forward import Forward, text_config
-from loku.guarded_trainer import GuardedTrainer
+from loku.guarded_trainer import GuardedTrainer, checkpoint_step
 from loku.meeting import Combiner, Meeting, load_weight, save_weight
 from loku.objective import Objective, OnLogits, Term, forget_term, retain_term
 
@@ -230,15 +230,6 @@ class UnlearnTrainer(GuardedTrainer):
         """Take a step of dual ascent on the retain weight, where there is a bound."""
         self.weights[1] = self.meeting.next_weight(self.weights[1], retain_loss)
 
-    def total_steps(self) -> int:
-        """Return the optimiser steps that `train` will make."""
-        if self.args.max_steps > 0:
-            return int(self.args.max_steps)
-        batches = len(self.get_train_dataloader())
-        return math.ceil(
-            self.args.num_train_epochs * max(math.ceil(batches / self.args.gradient_accumulation_steps), 1)
-        )
-
     def step_losses(self) -> dict[str, float]:
         """Return the mean forget and retain loss per optimiser step since the last call of `log`."""
         steps = max(self.state.global_step - self._steps_logged, 1)
@@ -266,10 +257,6 @@ class UnlearnTrainer(GuardedTrainer):
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
 
-    def load_weights(self, checkpoint: str | Path) -> None:
-        """Put a checkpoint's weights into the model, without training on."""
-        self._load_from_checkpoint(str(checkpoint))
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         folder = output_dir or str(self.args.output_dir)
@@ -289,7 +276,7 @@ class UnlearnTrainer(GuardedTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.meeting.bound is not None:
             self.weights[1] = load_weight(resume_from_checkpoint)
-        self._steps_logged = int(resume_from_checkpoint.rstrip("/").rsplit("-", 1)[-1])
+        self._steps_logged = checkpoint_step(resume_from_checkpoint)
 
 
 def _middle_layer(model: nn.Module) -> int:

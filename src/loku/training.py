@@ -158,7 +158,7 @@ def _train(
         )
         if watch is None:
             with run.timed("training"):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train_from(checkpoint)
         else:
             _train_watched(trainer, checkpoint, watch, run)
 
@@ -169,7 +169,7 @@ def _train_watched(trainer: UnlearnTrainer, checkpoint: Path | None, watch: Watc
         watch.begin(trainer.model)
     with run.timed("training"):
         if not watch.stopped:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train_from(checkpoint)
         elif checkpoint is not None:  # it stopped there before it was killed
             trainer.load_weights(checkpoint)
     seconds = run.record["seconds"]
