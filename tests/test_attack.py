@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+import loku.attack
 from builders import byte_level_tokenizer, tiny_model
 from conftest import perturbed, rows
 from loku.adapters.export import load_lora, merged_weights
@@ -191,6 +192,93 @@ def test_a_failing_attack_is_said_and_the_others_go_on(place, tmp_path, monkeypa
     assert main(options) == 0  # tried again
     assert not read(tmp_path)["failed"]
     assert set(read(tmp_path)["attacks"]["lens"]["roles"]) == set(ROLES)
+
+
+def test_only_what_the_attacks_do_is_timed_before_them_and_a_failed_try_ends_nothing(
+    place, tmp_path, monkeypatch, capsys
+):
+    from loku.attacks import suite
+
+    def no_memory(*_, **more):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(suite, "relearn", no_memory)
+    options = ["attack", str(place / "full"), *QUICK]
+    assert main([*options, "--output", str(tmp_path / "a"), "--attacks", "prune-0.1"]) == 0
+    assert "?" not in capsys.readouterr().out.split("measurements")[0]
+    assert main([*options, "--output", str(tmp_path / "b"), "--attacks", "prune-0.1,relearn-full"]) == 0
+    said = capsys.readouterr()
+    assert "and what is not known in all" in said.out
+    assert "relearn-full failed on the target model: RuntimeError('out of memory')" in said.err
+    assert set(read(tmp_path / "b")["attacks"]) == {"none", "prune-0.1"}
+
+
+def test_an_attack_may_raise_what_it_likes(place, tmp_path, monkeypatch, capsys):
+    from loku.attacks import activations
+
+    def fails(*_):
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(activations, "lens", fails)
+    options = ["attack", str(place / "full"), "--output", str(tmp_path), "--attacks", "lens,prune-0.1", *QUICK]
+    assert main(options) == 0
+    assert "lens failed on the target model: IndexError" in capsys.readouterr().err
+    assert set(read(tmp_path)["attacks"]) == {"none", "prune-0.1"}
+
+
+def test_retain_rows_that_come_later_reach_the_attacks_that_are_done(place, tmp_path):
+    given = [
+        "--model",
+        place / "other",
+        "--target-model",
+        place / "target",
+        "--retain-only-model",
+        place / "retain-only",
+    ]
+    given += ["--forget", place / "forget.jsonl", "--output", tmp_path, "--attacks", "prune-0.1", *QUICK]
+    common = ["attack", *map(str, given)]
+    assert main(common) == 0
+    without = read(tmp_path)
+    assert not any(name.startswith("retain_") for name in without["attacks"]["none"]["roles"]["target"]["beside"])
+    assert main([*common, "--retain", str(place / "retain.jsonl")]) == 0
+    found = read(tmp_path)
+    for name in ("none", "prune-0.1"):
+        for result in found["attacks"][name]["roles"].values():
+            assert any(figure.startswith("retain_") for figure in result["beside"])
+    before = (tmp_path / "attacks.json").read_bytes()
+    assert main([*common, "--retain", str(place / "retain.jsonl")]) == 0
+    assert read(tmp_path)["attacks"] == json.loads(before)["attacks"]  # not run again
+
+
+def test_intervals_follow_the_seed(place, tmp_path, monkeypatch):
+    plain, seeds = loku.attack.summarise, []
+
+    def summarise(results, *, seed):
+        seeds.append(seed)
+        return plain(results, seed=seed)
+
+    monkeypatch.setattr(loku.attack, "summarise", summarise)
+    attack_run(place / "full", attacks="prune-0.1", output=str(tmp_path), max_rows=4, retain_rows=2, seed=7)
+    assert seeds == [7]
+
+
+def test_examples_of_few_shot_prompts_are_not_asked_for(place):
+    from loku.attack_sources import find_sources, load_setting
+    from loku.attacks import prompting
+    from loku.attacks.suite import _prompted
+
+    options = AttackOptions(run=str(place / "full"), max_rows=6, retain_rows=6)
+    setting, asked = load_setting(find_sources(options), options), []
+
+    def answer_all(model, tokenizer, questions):
+        asked.append([item.index for item in questions])
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompting, "answer_all", answer_all)
+        _prompted(setting, tiny_model(), form="few-shot")
+    assert len(setting.kept) == 6
+    assert len(asked[1]) == 6 - prompting.SHOTS
 
 
 def refused(capsys, *arguments):

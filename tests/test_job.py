@@ -12,6 +12,7 @@ import loku
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku.config import UnlearnOptions, resolve
+from loku.data.sources import load_records
 from loku.errors import InputError
 from loku.job import check_objective, prepare
 from loku.target_values import read_logprobs, write_logprobs
@@ -43,6 +44,13 @@ def test_objectives_that_cannot_be_are_refused(settings, given, remedy):
         check_objective(tiny_model(), options(**settings))
     assert given in caught.value.given
     assert remedy in caught.value.remedy
+
+
+def test_a_bound_on_the_retain_loss_needs_retain_rows():
+    settings = {"method": "pdu", "retain_bound": 1.0, "retain_weight": 0.0}
+    forget = load_records(rows(2))
+    with pytest.raises(InputError, match="--retain-bound bounds the loss on the retain rows, and --retain is missing"):
+        prepare(tiny_model(), byte_level_tokenizer(), forget, None, options(**settings))
 
 
 def test_option_pairs_from_the_command_line():

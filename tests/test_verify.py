@@ -86,6 +86,19 @@ def test_a_share_of_the_rows_is_measured_within_the_whole_runs_limit_of_answers(
         assert checks["figures of the unlearned model"]["detail"].startswith(f"4 of 32 rows (seed {seed})")
 
 
+def test_without_a_set_what_is_generated_is_not_compared(capsys, tmp_path, model_folder):
+    """How long answers may be follows from all sets: that of the one that is missing has the longest."""
+    long = write_rows(tmp_path / "general.jsonl", [{"question": "What is it?", "answer": "a very long answer " * 9}])
+    folder = unlearn(tmp_path, model_folder, "--rank", 2, "--init", "lora", "--general", long)
+    long.unlink()
+    capsys.readouterr()
+    _, checks, err = verify(capsys, folder, "--share", 1)
+    told = checks["figures of the unlearned model"]
+    assert "what is generated was not compared" in told["detail"]
+    assert told["status"] == "equal", err
+    assert "figures of the unlearned model" not in found(checks)
+
+
 def test_the_outcome_is_printed_for_people(capsys, finished):
     assert cli.main(["verify", str(finished / "record.json"), "--share", "0"]) == 0
     out = capsys.readouterr().out

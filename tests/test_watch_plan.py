@@ -266,6 +266,8 @@ def test_what_cannot_be_measured_is_refused_before_any_work(capsys, tmp_path, co
     refused("--level probability=2 is no level.", "from 0 to 1", *watch, "--level", "probability=2")
     texts = written(tmp_path / "texts.jsonl", TEXTS)
     refused("are not of the same kind", "Give holdout rows like the forget rows", *watch, "--holdout", texts)
+    dear = ("--forget", texts, "--keep", "best", "--level", "el_10=0.1")
+    refused("a level of el_10 alone, which is measured for --stop-at level only.", "Add another figure", *watch, *dear)
     long = written(tmp_path / "long.jsonl", [{"question": "Where was she born? " * 90, "answer": "In Ulm."}])
     refused("--holdout row 0 has no answer token left", "Raise --max-length", *watch, "--holdout", long)
     short = written(tmp_path / "short.jsonl", [{"text": "So ?"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,12 +58,17 @@ def attack(options: AttackOptions) -> dict[str, Any]:
     store = AttackStore(Path(folder) / "attacks.json" if folder else None, sources.request(setting, options))
     store.check(chosen)
     roles = [role for role in ORDER if sources.models.get(role)]
-    jobs = {role: [item for item in chosen if role in item.roles and not store.has(item.name, role)] for role in roles}
+    kept = len(setting.kept)
+    jobs = {
+        role: [item for item in chosen if role in item.roles and not store.has(item.name, role, kept)] for role in roles
+    }
     if "retain_only" not in roles:
         print("warning: there is no retain-only model (--retain-only-model): no robustness score", file=sys.stderr)
     if any(jobs.values()):
         _work(setting, sources, options, jobs, store)
-    store.conclude({item.name: item.missing for item in planned if item.missing}, summarise(store.results))
+    store.conclude(
+        {item.name: item.missing for item in planned if item.missing}, summarise(store.results, seed=options.seed)
+    )
     if not options.json:
         print_summary(store.document)
     if options.run and not options.output and (Path(options.run) / "results.json").is_file():
@@ -85,7 +91,8 @@ def _work(
             continue
         model = _role_model(role, sources, lora, options)
         if rates is None:
-            rates = measured_rates(setting, model)
+            kinds = {item.trains for attacks in jobs.values() for item in attacks if item.trains}
+            rates = measured_rates(setting, model, sorted(kinds))
             print_costs(jobs, rates, setting)
         said = functools.partial(_failed, NAMES[role])
         with progress(f"attacking the {NAMES[role]} model") as update:
@@ -109,10 +116,11 @@ def print_costs(jobs: dict[str, list[Attack]], rates: Rates, setting: Setting) -
     rows = list(_costs(jobs, rates, setting))
     table = Table("attack", "models", "seconds, about", box=None, pad_edge=False)
     for name, models, seconds in rows:
-        table.add_row(name, str(models), f"{seconds:.0f}" if seconds >= 1 else "< 1")
+        table.add_row(name, str(models), "?" if math.isnan(seconds) else f"{seconds:.0f}" if seconds >= 1 else "< 1")
     console.print(table)
-    total = sum(seconds for *_, seconds in rows)
-    console.print(f"{sum(models for _, models, _ in rows)} measurements, about {total:.0f} s in all")
+    known = [seconds for *_, seconds in rows if not math.isnan(seconds)]
+    more = " and what is not known" if len(known) < len(rows) else ""
+    console.print(f"{sum(models for _, models, _ in rows)} measurements, about {sum(known):.0f} s{more} in all")
 
 
 def _costs(jobs: dict[str, list[Attack]], rates: Rates, setting: Setting) -> Iterator[tuple[str, int, float]]:

@@ -62,18 +62,19 @@ def run_attacks(
 
     An attack that fails is noted in the store and told to `failed` (name and reason); the others go on.
     """
-    missing = [item for item in attacks if role in item.roles and not store.has(item.name, role)]
+    missing = [item for item in attacks if role in item.roles and not store.has(item.name, role, len(setting.kept))]
     for place, item in enumerate(missing):
         update(place, len(missing), item.name)
         start = time.monotonic()
         try:
             result = item.run(setting, model)
-        except (LokuError, ArithmeticError, RuntimeError, ValueError) as error:  # also what libraries say of odd models
+        except Exception as error:  # libraries raise what they like of odd models
             reason = error.given if isinstance(error, LokuError) else repr(error)
             store.fail(item, role, reason)
             failed(item.name, reason)
             continue
-        store.add(item, role, result | {"seconds": round(time.monotonic() - start, 3)})
+        kept = {"kept": len(setting.kept)} if "beside" in result else {}
+        store.add(item, role, result | kept | {"seconds": round(time.monotonic() - start, 3)})
     update(len(missing), len(missing), "")
 
 

@@ -52,9 +52,12 @@ class AttackStore:
         found: dict[str, dict[str, Any]] = self.document["attacks"]
         return found
 
-    def has(self, name: str, role: str) -> bool:
-        """Whether an attack on a model is done."""
-        return role in self.results.get(name, {}).get("roles", {})
+    def has(self, name: str, role: str, kept: int = 0) -> bool:
+        """Whether an attack on a model is done; with `kept` retain rows beside it, if any are to be measured."""
+        found = self.results.get(name, {}).get("roles", {}).get(role)
+        if found is None or not kept or "beside" not in found:
+            return found is not None
+        return bool(found.get("kept") or any(figure.startswith("retain_") for figure in found["beside"]))
 
     def check(self, chosen: Sequence[Attack]) -> None:
         """Raise InputError when an attack was done with other settings."""

@@ -30,7 +30,7 @@ class GuardedTrainer(Trainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """Train, or go on from a checkpoint; from one of the last step nothing is left to train.
 
-        (transformers' own `train` enters the epoch of a checkpoint again and takes a step before it looks at max_steps.)
+        (Within an epoch transformers' own `train` takes a step before it looks at max_steps.)
         """
         if checkpoint is not None and checkpoint_step(checkpoint) >= self.total_steps():
             self.load_weights(checkpoint)

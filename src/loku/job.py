@@ -107,6 +107,11 @@ def prepare(
             "Give rows that must stay, or `--retain self` to sample them from the model itself, or "
             "`--retain-weight 0 --init lora` to do without (the model then forgets how to speak).",
         )
+    if retain is None and options.retain_bound is not None:
+        raise InputError(
+            "--retain-bound bounds the loss on the retain rows, and --retain is missing.",
+            "Give --retain, or leave it out.",
+        )
     check_start(options, has_retain=retain is not None)
     encoder = Encoder(tokenizer, template, options.max_length)
     encoded_forget = with_spans(encoder.encode_records(forget, option="--forget"), forget, tokenizer)

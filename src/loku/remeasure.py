@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,14 +125,16 @@ def template_of(results: Results) -> Template:
         raise InputError("The results do not say how their prompts were made.", "Measure them again.") from error
 
 
-def compare(recorded: Results, now: Results, tolerance: float) -> Comparison:
-    """Compare the rows that were measured again with what was recorded of them."""
+def compare(recorded: Results, now: Results, tolerance: float, skip: Collection[str] = ()) -> Comparison:
+    """Compare the rows that were measured again with what was recorded of them, but for the metrics to skip."""
     differences, numbers, rows, largest = [], 0, 0, 0.0
     for name, found in now.sets.items():
         before = {int(row["index"]): row for row in recorded.sets[name].per_example}
         for row in found.per_example:
             rows += 1
             for metric, value in before[int(row["index"])].items():
+                if metric in skip:
+                    continue
                 numbers += 1
                 again = row.get(metric)
                 if again is None or is_apart(value, again, tolerance):

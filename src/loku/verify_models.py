@@ -118,7 +118,9 @@ def _measure(
     tolerance = tolerance_of(results, found.options.tolerance)
     with progress(f"measuring {ROLE_NAMES[role]} again") as update:
         now = measure_again(model, tokenizer, results, usable, chosen, update)
-    outcome = compare(results, now, tolerance)
+    # How long an answer may be follows from all sets: without one of them others might have been cut elsewhere.
+    skip = GREEDY if lost and results.settings.get("max_new_tokens") is None else ()
+    outcome = compare(results, now, tolerance, skip)
     detail = (
         f"{outcome.rows} of {sum(len(s.per_example) for s in results.sets.values())} rows (seed {found.seed}), "
         f"{outcome.numbers} numbers, largest difference {outcome.largest:.1g}, tolerance {tolerance:g}"
@@ -130,4 +132,5 @@ def _measure(
             detail += " (only what hangs on generated words: nearly equal tokens may change places on other hardware)"
     if lost:
         detail += f"; without the sets {', '.join(lost)}"
+        detail += ", on which hangs how long answers may be: what is generated was not compared" if skip else ""
     found.say(what, not wrong, detail)

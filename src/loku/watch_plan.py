@@ -65,6 +65,11 @@ def plan_watch(job: Job, options: UnlearnOptions, rows: AssessmentRows) -> Watch
     goal = "--stop-at level" if options.stop_at == "level" else "--keep best" if options.keep == "best" else None
     if goal and not plan.has_level:
         raise InputError(f"{goal} has no level of unseen text to compare with.", NO_LEVEL)
+    if options.keep == "best" and set(options.level) == {"el_10"} and options.stop_at != "level":
+        raise InputError(
+            "--keep best compares with a level of el_10 alone, which is measured for --stop-at level only.",
+            "Add another figure, such as --level ma=0.3,el_10=0.1, or --stop-at level.",
+        )
     if options.keep == "best" and not any(name in sets for name in KEPT_SETS):
         raise InputError("--keep best has no rows to see utility on.", "Give --retain or --general rows.")
     return plan

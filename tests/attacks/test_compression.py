@@ -26,6 +26,16 @@ from loku.errors import InputError
 SHAPES = [(3, 64), (2, 130), (5, 1), (1, 63)]
 
 
+def test_every_change_works_on_conv1d():
+    model = tiny_model("gpt2")
+    for change in (lambda W: prune_smallest(W, 0.5), quantiser("int4")[0], quantiser("nf4")[0]):
+        before = [layer.weight.clone() for layer in linear_layers(model)]
+        with changed_weights(model, change):
+            changed = [layer.weight.clone() for layer in linear_layers(model)]
+        for one, other in zip(before, changed, strict=True):
+            assert torch.equal(other, change(one.T.contiguous()).T)
+
+
 def weights(shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
 

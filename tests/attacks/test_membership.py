@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import zlib
+
 import pytest
 
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
 from loku.attacks.membership import NUMBERS, member_numbers, membership_scores
 from loku.data.encoding import Encoder
-from loku.data.prompts import TagTemplate
+from loku.data.prompts import ChatTemplate, TagTemplate
 from loku.data.sources import load_records
 from loku.evaluation.membership import ATTACKS, REFERENCE_ATTACK, membership_auc
 from loku.evaluation.own import evaluate_own
@@ -27,6 +30,17 @@ def test_numbers_are_those_of_the_evaluation(kind):
     for ours, theirs in zip(found, results.sets["forget"].per_example, strict=True):
         assert set(ours) == {"index", *NUMBERS}
         assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4)
+
+
+def test_of_a_conversation_the_last_answer_counts_and_not_what_is_said_after_it():
+    turns = [("user", "Where was Mira Voss born?"), ("assistant", "In Tarnhollow, by the sea."), ("user", "ok")]
+    given = [{"messages": [{"role": role, "content": said} for role, said in turns]}]
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    model, records = tiny_model(), load_records(given)
+    found = member_numbers(model, tokenizer, Encoder(tokenizer, ChatTemplate(None), 200), list(records))[0]
+    scored = len(zlib.compress(b"In Tarnhollow, by the sea."))
+    assert found["zlib"] == pytest.approx(found["nll"] / scored, rel=1e-5)
 
 
 def test_scores_compare_the_three_models():

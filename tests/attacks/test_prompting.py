@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -85,6 +86,36 @@ def test_prefix_and_rest_are_the_answer():
     assert forced
     whole = byte_level_tokenizer().decode(forced) + asked.wanted[0]
     assert whole.replace(" ", "") == "InthetownofA0."
+
+
+def test_the_token_that_ends_a_turn_is_no_part_of_the_answer():
+    """Chat models end turns by another token than the tokenizer's end of sequence."""
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% generation %}{% endgeneration %}<end_turn>\n"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = FORMS["prefix"](Asker(Encoder(tokenizer, ChatTemplate(None))), record())
+    assert asked.wanted == ("in the town of A0.",) or asked.wanted[0].endswith("A0.")
+    assert judge(asked, "It was " + asked.wanted[0], [1])["found"] == 1
+
+
+def test_a_conversation_that_is_too_long_loses_examples_and_not_its_question():
+    def shown(limit):
+        ours = asker(chat=True)
+        return FORMS["few-shot"](dataclasses.replace(ours, encoder=dataclasses_encoder(ours.encoder, limit)), record())
+
+    def dataclasses_encoder(encoder, limit):
+        return Encoder(encoder.tokenizer, encoder.template, limit)
+
+    two = shown(500)
+    length = len(two.prompt)
+    assert text(two).count("<assistant>") == 3
+    one = shown(length)
+    assert text(one).count("<assistant>") == 2
+    assert text(one).endswith("<user>Where was person 0 born?\n<assistant>")
+    assert shown(len(FORMS["plain"](asker(chat=True), record()).prompt) + 5) is None
 
 
 def test_what_a_row_lacks_leaves_it_out():

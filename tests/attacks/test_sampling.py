@@ -34,6 +34,16 @@ def test_samples_depend_on_the_seed_alone():
     assert model.training
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_answers_end_where_the_models_context_does(architecture):
+    length = {"n_positions": 24} if architecture == "gpt2" else {"max_position_embeddings": 24}
+    model, tokenizer = tiny_model(architecture, **length), byte_level_tokenizer()
+    prompts = [[5] * 10, [6] * 20, [7, 8]]
+    drawn = sample(model, tokenizer, prompts, [72, 72, 30], count=3)
+    for prompt, own in zip(prompts, drawn, strict=True):
+        assert all(len(prompt) + len(ids) <= 24 for ids in own)
+
+
 def test_more_samples_never_give_less_away():
     model, tokenizer = tiny_model(), byte_level_tokenizer()
     drawn = sample(model, tokenizer, [[5, 6, 7], [8, 9]], [12, 12], count=16)

@@ -2,13 +2,17 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench_builders import TINY, tiny
 from builders import byte_level_tokenizer, tiny_model
-from loku.bench.models import check_memorised, measured_sources, shared_options
+from loku.bench.models import check_memorised, measured_sources, results_file, shared_options
 from loku.bench.recipe import parse_recipe
 from loku.bench.suites import measure_tdec, perplexity_of, utility
+from loku.bench.trial import _level_source
 from loku.config import UnlearnOptions
 from loku.data.sources import load_records
 from loku.errors import InputError
@@ -96,6 +100,21 @@ def test_rows_are_those_of_unlearning_unless_measure_names_others(tmp_path):
     assert found == {"forget": "f.jsonl", "holdout": "h.jsonl", "validation": "v.jsonl"}
     recipe = parse_recipe(RECIPE | {"measure": {"retain": "r.jsonl"}}, "recipe")
     assert measured_sources(recipe, shared_options(recipe, tmp_path, 0), tmp_path)["retain"] == "r.jsonl"
+
+
+def test_the_level_is_measured_where_a_suites_results_do_not_hold_it():
+    job = SimpleNamespace(forget=load_records([{"question": "Who?", "answer": "She."}]))
+    text = SimpleNamespace(forget=load_records([{"text": "She counts lighthouses."}]))
+    stages = TINY["stages"] | {"retain-only": {"model": "./retrained"}}
+    folder = Path("seed-0")
+    found = {
+        suite: _level_source(job, parse_recipe(tiny(stages=stages, measure={"suite": suite}), "r.yaml"), folder)
+        for suite in ("own", "lume", "tdec")
+    }
+    assert found == {"own": str(results_file(folder, "retain-only")), "lume": "./retrained", "tdec": None}
+    own = parse_recipe(tiny(stages=stages), "r.yaml")
+    assert _level_source(text, own, folder) == "./retrained"
+    assert _level_source(job, parse_recipe(tiny(stages={"target": {"model": "./t"}}), "r.yaml"), folder) is None
 
 
 def test_a_target_that_has_not_learnt_is_refused():

@@ -35,6 +35,10 @@ def stages(**changes):
         ({"stages": stages(target={"model": "x", "epochs": 2})}, "stage 'target' has no data.", "Give data"),
         ({"stages": stages(target={"model": "x", "data": "d", "epoch": 2})}, "unknown option 'epoch'.", "'epochs'?"),
         ({"stages": stages(target={"model": "x", "data": "d", "seed": 2})}, "sets 'seed', which the b", "Leave it out"),
+        ({"stages": stages(target={"data": "d"})}, "stage 'target' has no model.", "Give model, or new_model"),
+        ({"stages": stages(target={"model": "target", "data": "d"})}, "which does not come before it.", "./target."),
+        ({"stages": {"target": {"model": "pre", "data": "d"}, "pre": {"model": "x"}}}, "from the stage 'pre'", "first"),
+        ({"stages": stages(target={"model": "target"})}, "starts from the stage 'target'", "Put that stage first"),
         ({"stages": stages(corpus={"model": "x"})}, "has a stage called 'corpus'.", "Give it a name"),
         ({"stages": []}, "r.yaml is no mapping.", "Write `name: value` lines there."),
         ({"unlearn": unlearn(forgets="x")}, "has the unknown option 'forgets'.", "Did you mean 'forget'?"),
@@ -150,6 +154,16 @@ def test_ids_follow_what_decides_a_run_and_nothing_else():
     assert parse_recipe(tiny(unlearn=unlearn(max_steps=4)), "c").models_id() == one.models_id()
     assert parse_recipe(tiny(unlearn=unlearn(eval_rows=4)), "c").models_id() != one.models_id()
     assert one.run_id(arm, {"rank": 3}) != one.run_id(arm, {})
+
+
+def test_models_are_measured_anew_where_they_are_measured_on_other_rows():
+    """Without measure: {retain: ...} the baselines are measured on the rows that unlearning keeps."""
+    own = [parse_recipe(tiny(unlearn=unlearn(retain=rows), measure={}), "r").models_id() for rows in ("a", "b")]
+    assert own[0] != own[1]
+    named = [parse_recipe(tiny(unlearn=unlearn(retain=rows), measure={"retain": "c"}), "r") for rows in ("a", "b")]
+    assert named[0].models_id() == named[1].models_id()
+    moved = [parse_recipe(tiny(unlearn=unlearn(data_dir=place)), "r").models_id() for place in ("x", "y")]
+    assert moved[0] != moved[1]
 
 
 def test_the_relearning_attack_has_defaults_and_reads_yamls_numbers():

@@ -335,6 +335,13 @@ BAD_INPUT = [
     ({"arms": [{"name": "Wide", "method": "ihl", "rank": 500}]}, "arm 'Wide': --rank 500"),
     ({"arms": [{"name": "Deep", "method": "rmu", "layer": 40}]}, "arm 'Deep': --layer 40 does not exist"),
     ({"arms": [{"name": "Odd", "method": "ihl", "forget_options": {"bta": 1}}]}, "arm 'Odd': "),
+    (
+        {
+            "stages": {"target": TINY["stages"]["target"]},
+            "unlearn": TINY["unlearn"] | {"eval_steps": 1, "stop_at": "level"},
+        },
+        "--stop-at level has no level of unseen text",
+    ),
     ({"corpus": {"kind": "fiction", "people": 3}}, "A corpus of 24 world people and 3 fictitious people"),
 ]
 

@@ -71,7 +71,7 @@ def _ungrouped(groups: Tensor, like: Tensor) -> Tensor:
 def prune_smallest(W: Float[Tensor, "out in"], rate: float) -> Float[Tensor, "out in"]:
     """Set the floor(rate · n) weights of smallest magnitude of a matrix to zero."""
     count = int(rate * W.numel())
-    pruned = W.clone()
+    pruned = W.clone(memory_format=torch.contiguous_format)  # Conv1D's weight comes transposed
     pruned.view(-1)[W.abs().reshape(-1).topk(count, largest=False).indices] = 0
     return pruned
 

@@ -14,7 +14,7 @@ from loku.attacks.robustness import Score, auc_score
 from loku.data.encoding import Encoder
 from loku.data.records import Record
 from loku.evaluation.gradients import gradient_norms
-from loku.evaluation.measuring import Measured
+from loku.evaluation.measuring import Measured, question_and_answer
 from loku.evaluation.membership import ATTACKS, REFERENCE_ATTACK
 from loku.evaluation.modes import end_ids
 from loku.evaluation.scoring import score
@@ -36,7 +36,7 @@ def member_numbers(model: nn.Module, tokenizer: Any, encoder: Encoder, records: 
     scores, rows = iter(zip(found, norms, strict=True)), []
     for record, own in zip(records, examples, strict=True):
         parts = [next(scores) for _ in own]
-        answer = record.answer or (record.messages[-1][1] if record.messages else "")
+        _, answer = question_and_answer(record)
         measured = Measured(record, "", [] if record.is_text else [answer], answer=[part for part, _ in parts])
         measured.more["gradient_norm"] = sum(norm for _, norm in parts) / len(parts)
         numbers = measured.numbers()

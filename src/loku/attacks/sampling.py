@@ -11,11 +11,11 @@ from torch import nn
 from loku.attacks.prompting import Asked, judge
 from loku.errors import InputError
 from loku.evaluation.decoding import decode, decodes_plainly
-from loku.evaluation.modes import end_ids, evaluating
+from loku.evaluation.generation import Batch, over_batches, row_limits
+from loku.evaluation.modes import evaluating
 from loku.evaluation.sampling import sampler
 
 SAMPLES, TEMPERATURE = 8, 1.0
-ROWS = 64  # sampled together
 
 
 def sample(
@@ -30,26 +30,23 @@ def sample(
 ) -> list[list[list[int]]]:
     """Return `count` continuations of each prompt, sampled from softmax(logits / temperature), ends left out.
 
-    The draws depend on the seed and the prompt's place alone, not on the caller's random numbers. Raises
-    InputError for a model that cannot be decoded row by row (`decodes_plainly`).
+    None is longer than the model's context allows. The draws depend on the seed and the prompt's place alone, not on
+    the caller's random numbers. Raises InputError for a model that cannot be decoded row by row (`decodes_plainly`).
     """
-    stops = end_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    jobs = [(place, draw) for place in order for draw in range(count)]
-    found: list[list[list[int]]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model):
         reason = decodes_plainly(model)
-        if reason:
-            raise InputError(f"Answers of this model cannot be sampled: {reason}.", "Leave this attack out.")
-        for start in range(0, len(jobs), ROWS):
-            batch = jobs[start : start + ROWS]
-            rows, most = [prompts[place] for place, _ in batch], [limits[place] for place, _ in batch]
-            seeds = [_seed(seed, place, draw) for place, draw in batch]
-            said = decode(model, rows, most, stops, pad_id, sampler(seeds, temperature))
-            for (place, _), ids in zip(batch, said, strict=True):
-                found[place].append(ids)
-    return found
+    if reason:
+        raise InputError(f"Answers of this model cannot be sampled: {reason}.", "Leave this attack out.")
+    many = [list(prompt) for prompt in prompts for _ in range(count)]
+    most = [limit for limit in row_limits(model, prompts, None, limits) for _ in range(count)]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def answer(batch: Batch) -> list[list[int]]:
+        seeds = [_seed(seed, *divmod(row, count)) for row in batch.rows]
+        return decode(model, batch.prompts, batch.limits, batch.stops, pad_id, sampler(seeds, temperature))
+
+    found = over_batches(model, tokenizer, many, most, answer)
+    return [[found[place * count + draw] for draw in range(count)] for place in range(len(prompts))]
 
 
 def _seed(seed: int, place: int, draw: int) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from loku.attacks.sampling import best_of
 from loku.data.encoding import Encoder
 from loku.data.records import Record
 from loku.data.sources import RecordSet
+from loku.errors import LokuError
 from loku.evaluation.extras import add_extras
 from loku.evaluation.measuring import Effort, measure
 from loku.forward import text_config
@@ -70,6 +73,7 @@ class Attack:
     """One attack. `run(setting, model)` returns its result on one model; `settings` are what the result depends on.
 
     `cost(rates, setting)` is in seconds on one model. `missing` says why it cannot run; then the rest is idle.
+    `trains` is the kind of training step that it takes, "lora" or "full".
     """
 
     name: str
@@ -79,21 +83,22 @@ class Attack:
     settings: Mapping[str, Any] = field(default_factory=dict)
     missing: str | None = None
     roles: tuple[str, ...] = ROLES
+    trains: str | None = None
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured before: seconds to measure a row, and for a training step of either kind."""
+    """What was measured before: seconds to measure a row, and for a training step of a kind; nan is not known."""
 
     row: float
-    lora_step: float
-    full_step: float
+    steps: Mapping[str, float]
 
 
-def measured_rates(setting: Setting, model: nn.Module, rows: int = 8) -> Rates:
-    """Time a measurement of a few rows and training steps of either kind, on a model that is left as it was.
+def measured_rates(setting: Setting, model: nn.Module, kinds: Collection[str] = (), rows: int = 8) -> Rates:
+    """Time a measurement of a few rows and training steps of these kinds, on a model that is left as it was.
 
-    The first time of everything is left out: it holds what happens only once.
+    The first time of everything is left out: it holds what happens only once. A training that fails here (no memory, a
+    rate that is too high) is not known; the attacks that need it will say so.
     """
     few = list(setting.forget)[:rows]
 
@@ -107,11 +112,13 @@ def measured_rates(setting: Setting, model: nn.Module, rows: int = 8) -> Rates:
 
     look()
     row = seconds(look) / len(few)
-    steps = []
-    for tune in ("lora", "full"):
-        one, three = (seconds(partial(_relearn, setting, model, setting.forget, {}, tune, count)) for count in (1, 3))
-        steps.append(max((three - one) / 2, three / 20))
-    return Rates(row, *steps)
+    steps = dict.fromkeys(kinds, math.nan)
+    for tune in kinds:
+        tries = (partial(_relearn, setting, model, setting.forget, {}, tune, count) for count in (1, 3))
+        with contextlib.suppress(LokuError, RuntimeError):
+            one, three = (seconds(work) for work in tries)
+            steps[tune] = max((three - one) / 2, three / 20)
+    return Rates(row, steps)
 
 
 def plan(setting: Setting) -> list[Attack]:
@@ -130,7 +137,7 @@ def plan(setting: Setting) -> list[Attack]:
         ),
         Attack(
             "membership", "membership", _membership,
-            lambda rates, given: (len(given.forget) + len(given.holdout or ())) * (rates.full_step / 4 + rates.row),
+            lambda rates, given: 4 * (len(given.forget) + len(given.holdout or ())) * rates.row,  # a backward pass each
             missing=None if setting.holdout else "it needs rows that were never trained on (--holdout)",
         ),
         Attack(
@@ -215,7 +222,7 @@ def _relearning(setting: Setting) -> list[Attack]:
             Attack(
                 f"relearn-{tune}", "relearn",
                 partial(_curve, learn=learn, probes={"rest": rest, "learned": learn}, tune=tune),
-                partial(_training_cost, tune=tune), common | {"share": setting.share},
+                partial(_training_cost, tune=tune), common | {"share": setting.share}, trains=tune,
             )
         )  # fmt: skip
         for name, rows, lack in (
@@ -227,7 +234,7 @@ def _relearning(setting: Setting) -> list[Attack]:
                     f"benign-{name}-{tune}", "benign",
                     partial(_curve, learn=rows or learn, probes={"forget": setting.forget}, tune=tune),
                     partial(_training_cost, tune=tune),
-                    common | {"rows": rows.sha256 if rows else None}, missing=None if rows else lack,
+                    common | {"rows": rows.sha256 if rows else None}, missing=None if rows else lack, trains=tune,
                 )
             )  # fmt: skip
     return found
@@ -235,8 +242,7 @@ def _relearning(setting: Setting) -> list[Attack]:
 
 def _training_cost(rates: Rates, setting: Setting, *, tune: str) -> float:
     looks = 1 + -(-setting.steps // setting.every)
-    step = rates.full_step if tune == "full" else rates.lora_step
-    return setting.steps * step + looks * _looking(rates, setting)
+    return setting.steps * rates.steps[tune] + looks * _looking(rates, setting)
 
 
 def _curve(
@@ -309,7 +315,7 @@ def _adapted(setting: Setting, _: nn.Module, *, scale: float, base: str | None =
 
 
 def _asker(setting: Setting, model: Any) -> prompting.Asker:
-    """Examples for few-shot prompts come from the far end of the retain set, so that they are not asked for."""
+    """Examples for few-shot prompts come from the far end of the retain set; they are not asked for."""
     rows = [record for record in setting.retain or () if not record.is_text]
     return prompting.Asker(setting.encoder, tuple(rows[-prompting.SHOTS :]), context_length(model))
 
@@ -332,9 +338,10 @@ def _prompts(setting: Setting) -> list[Attack]:
 
 def _prompted(setting: Setting, model: nn.Module, *, form: str) -> Result:
     asker = _asker(setting, model)
+    kept = [record for record in setting.kept if form != "few-shot" or record not in asker.shots]
     forget, retain = (
         prompting.answer_all(model, setting.tokenizer, prompting.ask_all(form, asker, rows))
-        for rows in (list(setting.forget), setting.kept)
+        for rows in (list(setting.forget), kept)
     )
     return {"rows": forget, "beside": _beside(forget, retain)}
 

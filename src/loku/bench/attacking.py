@@ -89,7 +89,7 @@ def attack_models(task: Task) -> None:
         sha = {"unlearned": models["models"][name]["sha256"]}
         store = _store(place / name, sources, setting, options, sha)
         run_attacks(setting, load(str(folder / name), options), "unlearned", chosen(setting, options), store)
-        noise[name] = brief(own.document, store.document)
+        noise[name] = brief(own.document, store.document, options.seed)
     write_json(
         task.path,
         {
@@ -119,7 +119,7 @@ def attack_run(task: Task, result: UnlearnResult, work: Path) -> Found:
     store = _store(work / f"attacks-{sha[:10]}", sources, setting, options, {"unlearned": sha})
     run_attacks(setting, model.eval(), "unlearned", chosen(setting, options), store)
     own = read_object(attacks_folder(task.root, task.recipe, task.seed) / "attacks.json", AGAIN)
-    return brief(own, store.document)
+    return brief(own, store.document, options.seed)
 
 
 def chosen(setting: Setting, options: AttackOptions) -> list[Attack]:
@@ -136,13 +136,13 @@ def _store(
     return AttackStore(place / "attacks.json", request)
 
 
-def brief(own: Mapping[str, Any], unlearned: Mapping[str, Any]) -> Found:
+def brief(own: Mapping[str, Any], unlearned: Mapping[str, Any], seed: int) -> Found:
     """Return the figures of one model under each attack beside the seed's own models: means and scores, no rows."""
     results = {
         name: {**found, "roles": {**own["attacks"].get(name, {}).get("roles", {}), **found["roles"]}}
         for name, found in unlearned["attacks"].items()
     }
-    summary = summarise(results)
+    summary = summarise(results, seed=seed)
     attacks = {
         name: _brief(found) | {"seconds": results[name]["roles"]["unlearned"]["seconds"]}
         for name, found in summary["attacks"].items()

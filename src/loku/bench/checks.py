@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
 from loku.bench.attacking import check_attack
-from loku.bench.models import SETS, located, measured_rows, shared_options, unlearn_options, watched_rows
+from loku.bench.models import (
+    SETS,
+    has_level_model,
+    located,
+    measured_rows,
+    shared_options,
+    unlearn_options,
+    watched_rows,
+)
 from loku.bench.recipe import CORPUS, MEASURED, TARGET, Recipe
 from loku.bench.store import models_folder
 from loku.corpora import write_corpus
@@ -136,7 +144,7 @@ def _check_arms(recipe: Recipe, folder: Path, place: str) -> None:
                 job = prepare(model, tokenizer, forget, retain, options)
                 watched = {name: settings.get(name) for name in WATCHING}
                 if sha256_json(watched) not in seen:
-                    check_rows(watched_rows(rows, place), job, options)
+                    check_rows(watched_rows(rows, place if has_level_model(recipe) else None), job, options)
                     seen.add(sha256_json(watched))
             except InputError as error:
                 raise InputError(f"{recipe.name}, arm '{arm.name}': {error.given}", error.remedy) from None

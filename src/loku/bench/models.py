@@ -121,6 +121,11 @@ def watched_rows(rows: Mapping[str, RecordSet], retain_only: str | None, target:
     )  # fmt: skip
 
 
+def has_level_model(recipe: Recipe) -> bool:
+    """Whether the forget level is that of the seed's retain-only model; TDEC's is the target's own, on unseen text."""
+    return RETAIN_ONLY in recipe.stages and recipe.measure.get("suite") != "tdec"
+
+
 def results_file(folder: Path, name: str) -> Path:
     """Return the results file of a seed's target or retain-only model."""
     return folder / f"{name}.results" / "results.json"

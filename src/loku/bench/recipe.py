@@ -158,7 +158,8 @@ class Recipe:
         return sha256_json((self.corpus, self.stages, self.measure, self.relearn, self._measured()))[:10]
 
     def _measured(self) -> dict[str, Any]:
-        return {name: self.unlearn[name] for name in (*SHARED, "device") if name in self.unlearn}
+        names = [*SHARED, "device", "data_dir", *(() if "retain" in self.measure else ("retain",))]
+        return {name: self.unlearn[name] for name in dict.fromkeys(names) if name in self.unlearn}
 
 
 def load_recipe(path: str | Path | None) -> Recipe:
@@ -329,8 +330,15 @@ def _check_stages(recipe: Recipe, where: str) -> None:
         if "data" in stage:
             _refuse(stage, ("output", "seed", "threads"), label)
             _resolved(FinetuneOptions, stage, label)
+            if not stage.get("model") and not stage.get("new_model"):
+                raise InputError(f"{label} has no model.", "Give model, or new_model with the settings of a new one.")
         elif set(stage) != {"model"}:
             raise InputError(f"{label} has no data.", "Give data and its training, or nothing but the model's name.")
+        if stage.get("model") in recipe.stages and stage["model"] not in known:
+            raise InputError(
+                f"{label} starts from the stage '{stage['model']}', which does not come before it.",
+                "Put that stage first; a model's own folder of that name is ./" + str(stage["model"]) + ".",
+            )
         known.append(name)
     if recipe.attack is not None and RETAIN_ONLY not in recipe.stages:
         raise InputError(f"{where} has attacks, but no stage '{RETAIN_ONLY}'.", "Add it: scores are relative to it.")

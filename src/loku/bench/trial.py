@@ -11,6 +11,7 @@ from typing import Any
 from loku.bench.attacking import attack_run
 from loku.bench.figures import figures_of
 from loku.bench.models import (
+    has_level_model,
     located,
     measure,
     measured_rows,
@@ -79,7 +80,7 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
     target = results_file(folder, TARGET)
-    watched = watched_rows(rows, _level_source(options, job, recipe, folder), target)
+    watched = watched_rows(rows, _level_source(job, recipe, folder), target)
     result = run_job(job, run, options, watched)
     against: dict[str, Any] = {"target": target}
     if RETAIN_ONLY in recipe.stages:
@@ -96,13 +97,13 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     return found | _known(run.record, work, folder)
 
 
-def _level_source(options: Any, job: Job, recipe: Recipe, folder: Path) -> str | None:
+def _level_source(job: Job, recipe: Recipe, folder: Path) -> str | None:
     """Return where the forget level comes from: results that are there, or the model where they lack its figures."""
-    if recipe.measure.get("suite") == "tdec":
-        return None  # TDEC's level is the target's own, on text that it never saw
-    if options.retain_only_model is None or not job.forget[0].is_text:
-        return str(options.retain_only_model) if options.retain_only_model else None
-    return located(RETAIN_ONLY, recipe, folder)
+    if not has_level_model(recipe):
+        return None
+    if job.forget[0].is_text or recipe.measure.get("suite", "own") not in ("own", "tofu"):
+        return located(RETAIN_ONLY, recipe, folder)
+    return str(results_file(folder, RETAIN_ONLY))
 
 
 def _known(run: dict[str, Any], work: Path, folder: Path) -> dict[str, Any]:
