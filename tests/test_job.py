@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -14,7 +15,9 @@ from conftest import rows
 from loku.config import UnlearnOptions, resolve
 from loku.data.sources import load_records
 from loku.errors import InputError
+from loku.evidence import importance_provenance
 from loku.job import check_objective, prepare
+from loku.models import load_model
 from loku.target_values import read_logprobs, write_logprobs
 
 FAST = {"rank": 2, "batch_size": 4, "grad_accum": 1, "max_steps": 2, "evaluate": False, "device": "cpu"}
@@ -29,6 +32,8 @@ def options(**settings):
     [
         ({"forget_options": {"betta": 1}}, "The forget loss 'ihl' has no option 'betta'.", "Did you mean 'beta'?"),
         ({"retain_options": {"beta": 1}}, "The retain loss 'nll' has no option 'beta'.", "It has none."),
+        ({"forget_options": {"stop": "much"}}, "The forget loss 'ihl' got stop='much'.", "Give a number."),
+        ({"forget_loss": "npo", "forget_options": {"beta": 0}}, "The forget loss 'npo' got beta=0, and", "above 0"),
         ({"combine": "primal-dual"}, "primal-dual needs a bound on the retain loss.", "Give --retain-bound"),
         ({"retain_bound": 1.0}, "--retain-bound is of no use with --combine sum.", "Add --combine primal-dual."),
         ({"layer": 2}, "--layer 2 does not exist: the model has 2.", "Count from 0 or from -1."),
@@ -44,6 +49,40 @@ def test_objectives_that_cannot_be_are_refused(settings, given, remedy):
         check_objective(tiny_model(), options(**settings))
     assert given in caught.value.given
     assert remedy in caught.value.remedy
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert options(forget_options="stop=1e-2").forget_options == {"stop": 0.01}
+
+
+def test_a_level_model_of_another_vocabulary_is_refused(tmp_path):
+    other = copy.deepcopy(byte_level_tokenizer())
+    other.add_tokens(["Tarnhollow"])
+    tiny_model(vocab_size=len(other)).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="has another vocabulary than the target model"):
+        prepare(
+            tiny_model(), byte_level_tokenizer(), load_records(rows(2)), load_records(rows(2, 20)),
+            options(level_model=str(tmp_path / "other"), rank=2),
+        )  # fmt: skip
+
+
+def test_the_template_of_a_models_folder_is_found_without_naming_it(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "prompt_template.json").write_text(json.dumps({"question_start_tag": "Q: "}))
+    model = load_model(str(tmp_path))
+    job = prepare(model, byte_level_tokenizer(), load_records(rows(2)), load_records(rows(2, 20)), options(rank=2))
+    assert job.template.question_start_tag == "Q: "
+
+
+def test_provenance_follows_what_the_chat_template_writes():
+    hashes = []
+    for mark in ("<a>", "<b>"):
+        tokenizer = copy.deepcopy(byte_level_tokenizer())
+        tokenizer.chat_template = f"{{% for m in messages %}}{mark}{{{{ m['content'] }}}}{{% endfor %}}"
+        job = prepare(tiny_model(), tokenizer, load_records(rows(2)), load_records(rows(2, 20)), options(rank=2))
+        hashes.append(importance_provenance(job, "fila", options(rank=2), "model"))
+    assert hashes[0] != hashes[1]
 
 
 def test_a_bound_on_the_retain_loss_needs_retain_rows():

@@ -32,7 +32,8 @@ def says(monkeypatch, *texts):
     """Let the model say these texts, in turn."""
     batches = []
 
-    def spoken(model, tokenizer, start, count, length):
+    def spoken(model, tokenizer, prompts, length):
+        count = len(prompts)
         batches.append(count)
         return [texts[(sum(batches[:-1]) + i) % len(texts)] for i in range(count)]
 
@@ -148,14 +149,52 @@ def test_sampling_stops_when_there_are_enough(monkeypatch):
 def test_no_text_goes_beyond_what_the_model_can_read(monkeypatch, architecture, setting):
     model = tiny_model(architecture, **{setting: 20})
     lengths = []
-    original = retain_self._sample
+    original = model.generate
     monkeypatch.setattr(
-        retain_self, "_sample", lambda m, t, start, count, length: (
-            lengths.append(len(start) + length), original(m, t, start, count, length)
+        model, "generate", lambda **given: (
+            lengths.append(given["input_ids"].shape[1] + given["max_new_tokens"]), original(**given)
         )[1],
     )  # fmt: skip
     assert len(sample(model, TagTemplate(), length=100)) == 6
     assert set(lengths) == {20}
+
+
+def chat_tokenizer():
+    """A ChatML-like tokenizer: the end of a turn is its end of sequence."""
+    tokenizer = byte_level_tokenizer.__wrapped__()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"], "eos_token": "<|end|>"})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def test_a_chat_model_is_asked_what_comes_to_its_mind_and_answers(monkeypatch):
+    tokenizer, asked = chat_tokenizer(), []
+
+    def spoken(model, tokenizer, prompts, length, *, raw):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        asked.extend(texts)
+        said = "Where was Odo born?<|end|>\n<|start|>assistant\nIn" if texts[0].endswith("user\n") else "In Oos.<|end|>"
+        return [said] * len(prompts)
+
+    monkeypatch.setattr(retain_self, "_sample", spoken)
+    found = sample_retain(tiny_model(), tokenizer, ChatTemplate("Be brief."), FORGET, rows=2, length=8, seed=0)
+    assert {(row.question, row.answer) for row in found} == {("Where was Odo born?", "In Oos.")}
+    system = "<|start|>system\nBe brief.<|end|>\n<|start|>user\n"
+    assert asked[0] == system
+    assert asked[-1] == system + "Where was Odo born?<|end|>\n<|start|>assistant\n"
+    Encoder(tokenizer, ChatTemplate("Be brief.")).encode_records(found)
+
+
+def test_chats_are_sampled_by_the_model_itself():
+    tokenizer = chat_tokenizer()
+    found = sample_retain(
+        tiny_model(vocab_size=len(tokenizer)), tokenizer, ChatTemplate(), FORGET, rows=4, length=12, seed=1
+    )
+    assert len(found) == 4
+    assert all(row.question and row.answer and "<|" not in row.question + row.answer for row in found)
 
 
 def test_a_template_that_refuses_the_opening_is_named():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -526,3 +527,85 @@ def test_public_names_exist():
     assert set(loku.__all__) == set(loku._HOMES)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         loku.nothing  # noqa: B018
+
+
+def test_options_are_all_or_nothing_and_bring_their_methods_losses(tmp_path):
+    from loku.config import UnlearnOptions
+    from loku.unlearning import with_its_method
+
+    assert with_its_method(UnlearnOptions(method="npo")).forget_loss == "npo"
+    assert with_its_method(UnlearnOptions(method="npo")).init == "lora"
+    own = UnlearnOptions(method="npo", forget_loss="simnpo")
+    assert with_its_method(own) is own
+    assert with_its_method(UnlearnOptions()) == UnlearnOptions()
+    with pytest.raises(InputError, match=r"unlearn\(\) got options, and method, rank as well"):
+        loku.unlearn(None, None, [], [], tmp_path / "run", UnlearnOptions(), method="ga", rank=4)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_modes_are_its_own_again(tmp_path, training):
+    model = tiny_model("gpt2", resid_pdrop=0.5).train(training)
+    result = loku.unlearn(
+        model, byte_level_tokenizer(), rows(3), rows(3, 20), tmp_path / "run", rank=2, max_steps=1, evaluate=False,
+        device="cpu",
+    )  # fmt: skip
+    assert result.model.training == training
+    assert {module.training for module in result.model.modules()} == {training}
+
+
+def test_a_model_that_diverged_is_given_back_without_its_adapter(tmp_path):
+    model = tiny_model().eval()
+    before, given = logits(model), {"rank": 2, "evaluate": False, "device": "cpu", "learning_rate": 1e-3}
+    arguments = (model, byte_level_tokenizer(), rows(3), rows(3, 20))
+    with pytest.raises(DivergenceError):
+        loku.unlearn(*arguments, tmp_path / "a", max_loss=1e-6, **given)
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+    assert torch.equal(logits(model), before)
+    loku.unlearn(*arguments, tmp_path / "b", max_steps=1, **given)  # and may be tried again
+
+
+def test_threads_are_set_before_the_record_says_how_many(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        result = loku.unlearn(
+            tiny_model(), byte_level_tokenizer(), rows(2), rows(2, 20), tmp_path / "run", rank=2, max_steps=1,
+            evaluate=False, threads=1, device="cpu",
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert result.record["hardware"]["threads"] == 1
+
+
+def test_prompts_and_names_with_brackets_are_printed_as_they_are(
+    capsys, tmp_path, forget_file, retain_file, model_folder
+):
+    template = tmp_path / "llama[2].json"
+    tags = {"question_start_tag": "[INST] ", "question_end_tag": " [/INST]", "answer_tag": " "}
+    template.write_text(json.dumps(tags))
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "out[final]", "--no-evaluate")
+    status, out, err = run(capsys, *arguments, "--max-steps", "1", "--prompt-template", template)
+    assert status == 0, err
+    assert "[/INST]" in out
+    assert "out[final]" in out
+
+
+def test_a_model_stored_in_float16_is_trained_in_bfloat16(capsys, tmp_path, forget_file, retain_file):
+    tiny_model().half().save_pretrained(tmp_path / "half")
+    byte_level_tokenizer().save_pretrained(tmp_path / "half")
+    arguments = command(tmp_path / "half", forget_file, retain_file, tmp_path / "run", "--no-evaluate")
+    status, out, _ = run(capsys, *arguments, "--max-steps", "1")
+    assert status == 0
+    assert "trained in bfloat16" in out
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dtype"] == "bfloat16"
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    result = loku.unlearn(
+        tiny_model(), byte_level_tokenizer(), rows(2), rows(2, 20), tmp_path / "run", rank=np.int64(2), max_steps=1,
+        learning_rate=np.float64(1e-4), evaluate=False, device="cpu",
+    )  # fmt: skip
+    assert yaml.safe_load((result.folder / "config.yaml").read_text())["learning_rate"] == 1e-4

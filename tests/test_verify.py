@@ -154,6 +154,20 @@ def test_a_tampered_adapter_is_found_by_its_hash_and_by_what_it_says(capsys, run
     assert found(checks) == {"weights of the adapter", "figures of the unlearned model"}
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda rows: rows[2].pop("nll"), "forget row 2 has no nll"),
+        (lambda rows: rows.clear(), "forget has no rows"),
+    ],
+)
+def test_rows_that_lack_what_all_follows_from_are_a_difference(capsys, run_folder, change, told):
+    rewrite(run_folder / "results.json", lambda value: change(value["sets"]["forget"]["per_example"]))
+    status, checks, err = verify(capsys, run_folder, "--share", 0)
+    assert status == 1
+    assert any(told in str(check["detail"]) for check in checks.values()), err
+
+
 def test_a_tampered_scale_of_the_adapter_is_found(capsys, run_folder):
     config = run_folder / "adapter" / "adapter_config.json"
     rewrite(config, lambda value: value.update(base_model_name_or_path="elsewhere"))

@@ -24,7 +24,7 @@ from loku.evaluation.results import Results, read_results, write_results
 from loku.files import replace_file
 from loku.job import Job, UnlearnResult
 from loku.models import load_config, load_model, load_tokenizer, weights_sha256
-from loku.progress import console, progress
+from loku.progress import console, progress, say
 from loku.record import write_record
 from loku.report.artefacts import ROLES
 from loku.report.card import write_model_card
@@ -100,7 +100,7 @@ def assess(
         print_table(measured)
         verdict = measured["unlearned"].verdict
         if verdict:
-            console.print(f"[bold]verdict:[/bold] {verdict['level']}. {verdict['sentence']}")
+            say("verdict:", f" {verdict['level']}. {verdict['sentence']}")
         for warning in measured["unlearned"].warnings:
             print(f"warning: {warning}", file=sys.stderr)
         console.print(f"report: {write_report([run.path], run.path / 'report.html')}")
@@ -314,7 +314,10 @@ def rescore_merged(merged: Path, options: ExportOptions) -> None:
             progress=update,
         )
     moved = []
+    alone = set(before.sets) == {"forget"} or settings["max_new_tokens"] is not None
     for metric in ("probability", "rougeL_recall", "extraction_strength"):
+        if metric == "rougeL_recall" and not alone:
+            continue  # how long answers may be followed from the other sets as well
         old, new = before.mean("forget", metric), after.mean("forget", metric)
         if old is None or new is None:
             continue

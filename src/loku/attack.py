@@ -21,7 +21,7 @@ from loku.attacks.suite import ROLES, Attack, Rates, Setting, measured_rates, pl
 from loku.attacks.summary import summarise
 from loku.config import AttackOptions
 from loku.errors import InputError
-from loku.progress import console, progress
+from loku.progress import console, progress, say
 from loku.record import refresh_record
 from loku.report.html import write_report
 
@@ -147,9 +147,8 @@ def print_summary(document: dict[str, Any]) -> None:
     console.print(table)
     for name, reason in (document["missing"] | document["failed"]).items():
         console.print(f"not run: {name}: {reason}")
-    console.print(
-        f"[bold]{document['summary']['headline']['level']}[/bold]: {document['summary']['headline']['sentence']}"
-    )
+    found = document["summary"]["headline"]
+    say(str(found["level"]), f": {found['sentence']}")
     console.print("score 0: as forgotten as in the retain-only model; 1: as known as in the target; !: damaged")
 
 

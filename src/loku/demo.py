@@ -15,7 +15,7 @@ from loku.data.fiction import make_fiction
 from loku.demo_workers import Step, Workers
 from loku.errors import InputError, LokuError
 from loku.files import check_output_folder, read_json, write_json
-from loku.progress import console
+from loku.progress import console, say
 
 if TYPE_CHECKING:
     from loku.evaluation.results import Results
@@ -36,9 +36,10 @@ def demo(options: DemoOptions) -> Path:
     folder = _fresh_folder(options.output)
     fiction = make_fiction(options.seed)
     write_fiction(fiction, folder / "data")
-    console.print(
-        f"[bold]loku demo[/bold] (seed {options.seed}): {len(fiction.full)} facts about people who do not exist; "
-        f"{len(fiction.forget)} of them must go"
+    say(
+        "loku demo",
+        f" (seed {options.seed}): {len(fiction.full)} facts about people who do not exist; "
+        f"{len(fiction.forget)} of them must go",
     )
     with Workers(STEPS) as workers:
         # What the report needs is imported while the first step occupies one core; the trainings need both.
@@ -120,5 +121,5 @@ def print_attacks(folder: Path) -> None:
     """Print what the attacks conclude, and where each attack's figures stand."""
     for name in ATTACKED:
         headline = read_json(folder / "runs" / name / "attacks.json")["summary"]["headline"]
-        console.print(f"\nunder attack, [bold]{name}[/bold]: {headline['level']}. {headline['sentence']}")
+        say(f"\nunder attack, {name}", f": {headline['level']}. {headline['sentence']}")
         console.print(f"every attack: {folder / 'runs' / name / 'report.html'}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from loku.assessment import in_order, print_table
 from loku.config import EvaluateOptions
@@ -26,7 +27,7 @@ from loku.evaluation.utility import utility_figures
 from loku.files import check_output_folder, json_text, read_object, sha256_file, sha256_json, write_json, write_text
 from loku.finished import CACHE, evaluation_request, finished_results, remember
 from loku.models import check_model_source, load_adapter, load_model, load_tokenizer, weights_sha256
-from loku.progress import console, progress
+from loku.progress import console, progress, say
 from loku.suites import Loaded, Work, check_suite, prepare_suite
 
 LOG_RESULTS, COMPARISON, SEEDS = "results_from_logs.json", "comparison.json", "seeds.json"
@@ -116,7 +117,7 @@ def _show(results: Results, options: EvaluateOptions, role: str, *, again: bool)
         else:
             print_suite(results, beside)
         if results.verdict:
-            console.print(f"[bold]verdict:[/bold] {results.verdict['level']}. {results.verdict['sentence']}")
+            say("verdict:", f" {results.verdict['level']}. {results.verdict['sentence']}")
     for warning in results.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -139,6 +140,7 @@ def _check_options(options: EvaluateOptions) -> None:
         raise InputError(f"--write-logs was given with --suite {options.suite}.", "Those formats are TOFU's.")
     if not options.output and not options.json:
         raise InputError("--output is missing.", "Give a folder for results.json, or --json to print it.")
+    _beside(options)  # what cannot be read is refused now
 
 
 def _adapter_sha256(folder: Path) -> str | None:
@@ -230,7 +232,7 @@ def compare_from_options(options: EvaluateOptions) -> dict[str, Any]:
     outcome = compare(*map(_results, (first, second)), names=(first, second), seed=options.seed)
     table = Table("", "a", "b", "b - a", "95 % interval", "p", box=None, pad_edge=False)
     for name, found in outcome["sets"].items():
-        table.add_row(f"[bold]{name}[/bold]")
+        table.add_row(Text(name, style="bold"))
         for metric, row in found.items():
             figures = [f"{row[key]:.3g}" for key in ("a", "b", "difference")]
             table.add_row(metric, *figures, f"{row['low']:.3g} to {row['high']:.3g}", f"{row['p']:.2g}")
@@ -242,7 +244,7 @@ def seeds_from_options(options: EvaluateOptions) -> dict[str, Any]:
     outcome = across_seeds([_results(path) for path in options.seeds])
     table = Table("", "mean", "deviation", "95 % interval", box=None, pad_edge=False)
     for name, found in (outcome["sets"] | {"summary": outcome["summary"]}).items():
-        table.add_row(f"[bold]{name}[/bold]")
+        table.add_row(Text(name, style="bold"))
         for metric, row in found.items():
             known = row["deviation"] is not None
             more = [f"{row['deviation']:.3g}", f"{row['low']:.3g} to {row['high']:.3g}"] if known else ["-", "-"]

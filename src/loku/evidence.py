@@ -16,7 +16,7 @@ from loku.adapters.initialisers import initialiser_of
 from loku.adapters.layers import Layers, target_layers
 from loku.adapters.variance import estimate_variance
 from loku.config import UnlearnOptions
-from loku.data.encoding import Example
+from loku.data.encoding import Example, tokens_sha256
 from loku.errors import InputError
 from loku.files import sha256_json
 from loku.job import Job
@@ -168,6 +168,7 @@ def importance_provenance(job: Job, init: str, options: Any, model_hash: str) ->
         "batch_size": options.importance_batch_size if initialiser.official else None,
         "max_length": options.max_length,
         "template": sha256_json(job.template.describe()),
+        "tokens": tokens_sha256(job.trained_examples()),
         "targets": options.targets,
         "seed": options.seed,
     }

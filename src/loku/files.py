@@ -35,6 +35,13 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
 
 
+def _umask() -> int:
+    """Return which permissions new files are denied. There is no way to ask but to set it."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found
+
+
 def replace_file(path: str | Path, write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file and move it to `path`: readers see the old content or the new, never half."""
     path = Path(path)
@@ -43,7 +50,7 @@ def replace_file(path: str | Path, write: Callable[[str], object]) -> None:
     os.close(descriptor)
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

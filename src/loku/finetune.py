@@ -76,6 +76,8 @@ def fit(
         f"{command}: {sum(p.numel() for p in model.parameters()):,} parameters on {counts.rows} rows "
         f"({counts.supervised_tokens:,} supervised tokens), template {template.describe()}"
     )
+    if options.threads:
+        torch.set_num_threads(options.threads)
     run.start(command=command)
     run.update(
         seed=options.seed,

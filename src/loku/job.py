@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,8 +27,9 @@ from loku.errors import InputError
 from loku.files import check_output_file
 from loku.forward import text_config
 from loku.meeting import Meeting
-from loku.models import check_fits, check_model_source, check_tokenizer
+from loku.models import check_fits, check_model_source, check_tokenizer, load_model, load_tokenizer
 from loku.objective import forget_term, retain_term
+from loku.progress import console
 from loku.retain_self import sample_retain as sample_from_model
 from loku.runs import check_tracker
 
@@ -62,11 +65,15 @@ class Job:
     alternates: list[list[Example]] | None = None  # other answers to the forget prompts
     retain_alternates: list[list[Example]] | None = None
 
-    def examples(self) -> list[Example]:
-        """Return every sequence that training reads."""
+    def trained_examples(self) -> list[Example]:
+        """Return the sequences of the forget and retain rows."""
         sets = [found.examples for found in (self.encoded_forget, self.encoded_retain) if found is not None]
+        return [example for found in sets for example in found]
+
+    def examples(self) -> list[Example]:
+        """Return every sequence that training reads: of the rows, and of other answers to their prompts."""
         draws = [*(self.alternates or ()), *(self.retain_alternates or ())]
-        return [example for group in (*sets, *draws) for example in group]
+        return [*self.trained_examples(), *(example for group in draws for example in group)]
 
 
 def load_rows(options: UnlearnOptions) -> tuple[RecordSet, RecordSet | str | None]:
@@ -92,8 +99,11 @@ def prepare(
     check_tracker(options.report_to)
     if options.importance:
         check_output_file(options.importance, "Give a file name ending in .safetensors.", option="--importance")
+    _warn_of_half_precision(model, options)
     alternates_needed = check_objective(model, options)
-    template = resolve_template(tokenizer, options.model, options.prompt_template)
+    if options.level_model is not None:
+        _check_level_model(options, tokenizer)
+    template = resolve_template(tokenizer, options.model or _folder_of(model), options.prompt_template)
     forget = as_records(forget, "--forget", options)
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise InputError("The model carries an adapter already.", "Give it without: `model = model.unload()`.")
@@ -134,6 +144,45 @@ def prepare(
     job = Job(model, tokenizer, template, forget, retain, encoder, encoded_forget, encoded_retain, *others)
     check_fits(model, tokenizer, max(len(example.input_ids) for example in job.examples()))
     return job
+
+
+def load_target(options: UnlearnOptions) -> PreTrainedModel:
+    """Load the model that is to forget, in the type that it is trained in.
+
+    With --dtype auto that is the stored one, but float32 where all weights are trained (half precision swallows small
+    updates), and bfloat16 for what is stored in float16, in which small gradients vanish.
+    """
+    dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
+    model = load_model(
+        str(options.model), dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    if dtype == "auto" and model.dtype == torch.float16:
+        console.print("stored in float16, in which small gradients vanish: trained in bfloat16 (or give --dtype)")
+        model = model.to(torch.bfloat16)
+    return model
+
+
+def _warn_of_half_precision(model: PreTrainedModel, options: UnlearnOptions) -> None:
+    if model.dtype == torch.float16:
+        print("warning: in float16 small gradients vanish; give the model in bfloat16 or float32", file=sys.stderr)
+    elif options.tune == "full" and model.dtype == torch.bfloat16:
+        print("warning: weights in bfloat16 swallow small updates; give the model in float32", file=sys.stderr)
+
+
+def _check_level_model(options: UnlearnOptions, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError for a level model that reads other tokens."""
+    theirs = load_tokenizer(str(options.level_model), trust_remote_code=options.trust_remote_code)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--level-model '{options.level_model}' has another vocabulary than the target model.",
+            "Give one that was trained from the same model and tokenizer.",
+        )
+
+
+def _folder_of(model: PreTrainedModel) -> str | None:
+    """Return the folder that a model in memory was loaded from, or None."""
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    return name if name and Path(name).is_dir() else None
 
 
 def check_start(options: UnlearnOptions, *, has_retain: bool) -> None:

@@ -42,11 +42,13 @@ class Term:
             self.name, self.loss = loss, losses[loss]
         else:
             raise InputError(f"'{loss}' is not a {kind} loss.", suggestion(loss, losses))
-        for name in given:
+        for name, value in given.items():
             if name not in self.loss.options:
                 valid = self.loss.options
                 remedy = suggestion(name, valid) if valid else "It has none."
                 raise InputError(f"The {kind} loss '{self.name}' has no option '{name}'.", remedy)
+            check_value(f"The {kind} loss '{self.name}'", name, value, self.loss.options[name])
+        self.custom = callable(loss)
         self.options = given
 
     def needs(self, name: str) -> bool:
@@ -68,6 +70,16 @@ class Term:
         """Return which of its rows, "own" and "alternate", the loss runs the model on, and what for."""
         own = tuple(need for need in self.loss.needs if need in ("scores", "positions", "hidden", "logits"))
         return {"own": own, "alternate": ("scores",) if self.needs("alternate") else ()}
+
+
+def check_value(what: str, name: str, value: Any, default: Any) -> None:
+    """Raise InputError for an option's value of another kind than its default, and for a beta that is not above 0."""
+    kind = bool if isinstance(default, bool) else int | float
+    usable = (value is None and default is None) or isinstance(value, kind)
+    if not usable or (kind is not bool and isinstance(value, bool)):
+        raise InputError(f"{what} got {name}={value!r}.", "Give true or false." if kind is bool else "Give a number.")
+    if name == "beta" and not value > 0:
+        raise InputError(f"{what} got beta={value}, and divides by it.", "Give a number above 0.")
 
 
 def on_logits(function: OnLogits) -> Callable[..., Tensor]:

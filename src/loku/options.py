@@ -106,8 +106,16 @@ def _parse_pairs(name: str, text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"{flag(name)} has '{part}', which is no pair.", "Write name=value, separated by commas.")
-        found[key.strip()] = yaml.safe_load(value)
+        found[key.strip()] = _number(yaml.safe_load(value))
     return found
+
+
+def _number(value: Any) -> Any:
+    """Return what YAML 1.1 reads as text, such as 1e-4, as the number that it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_number(name: str, value: float, bounds: Mapping[str, Any]) -> None:
@@ -137,6 +145,8 @@ def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):  # YAML keeps none
+        value = value.item()
     if (int in accepted and isinstance(value, bool)) or not isinstance(
         value, tuple(typing.get_origin(a) or a for a in accepted)
     ):

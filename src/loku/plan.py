@@ -14,7 +14,7 @@ from loku.config import UnlearnOptions
 from loku.evidence import Evidence
 from loku.guarded_trainer import steps_per_epoch
 from loku.job import Job
-from loku.progress import console
+from loku.progress import console, say
 from loku.runs import RunFolder
 
 
@@ -34,7 +34,7 @@ def print_plan(job: Job, run: RunFolder, options: UnlearnOptions) -> None:
             f"LoRA rank {options.rank}, alpha {options.lora_alpha:g}, started by {options.init}, "
             f"on {len(layers)} layers: {trained:,} weights ({trained / parameters:.2%} of the model)"
         )
-    console.print(f"[bold]loku unlearn[/bold] {options.model} -> {run.path}")
+    say("loku unlearn", f" {options.model} -> {run.path}")
     for name, records, encoded in (
         ("forget", job.forget, job.encoded_forget),
         ("retain", job.retain, job.encoded_retain),

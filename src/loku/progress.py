@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
-progress_console = Console(stderr=True, highlight=False)  # standard output is for results
+# No markup: prompts, paths and names of others are printed as they are, brackets too.
+console = Console(highlight=False, soft_wrap=True, markup=False)
+progress_console = Console(stderr=True, highlight=False, markup=False)  # standard output is for results
 
 Update = Callable[[int, int, str], None]
 Sink = Callable[[str, int, int, str], None]
@@ -27,13 +29,23 @@ def forward_to(sink: Sink) -> None:
     console.quiet = True
 
 
+def say(head: str, text: str, style: str = "bold") -> None:
+    """Print a line whose beginning stands out."""
+    console.print(Text.assemble((head, style), text))
+
+
 class Board:
     """Several tasks' progress, one bar each (on a terminal) or one line now and then (elsewhere)."""
 
     def __init__(self) -> None:
         self._live = progress_console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, TextColumn("{task.fields[note]}"), console=progress_console)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bars = Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=progress_console)
         self._tasks: dict[str, TaskID] = {}
         self._last = time.monotonic()
 

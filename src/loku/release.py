@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from loku.adapters.export import PortableLora, check_fits_base, load_lora, save_merged, truncate
 from loku.config import ExportOptions
+from loku.data.prompts import Template, resolve_template, save_template
 from loku.errors import InputError
 from loku.files import check_output_folder, read_object, replace_file
 from loku.models import load_model, load_tokenizer
@@ -52,7 +55,7 @@ def export(options: ExportOptions) -> Path:
                 f"truncated to rank {lora.rank}: relative error {truncated.error:.4f} "
                 f"(worst layer {truncated.worst:.4f}) of the weight change"
             )
-        lora.save(output, base_model=base_name)
+        lora.save(output, base_model=None if base_name == "in memory" else base_name)
         serving = next((rank for rank in SERVING_RANKS if rank >= lora.rank), None)
         console.print(f"ordinary LoRA of rank {lora.rank} written to {output} (vLLM: --max-lora-rank {serving})")
         console.print(release_note(run))
@@ -117,15 +120,24 @@ def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
     return read_object(file, RESTORE) if file.is_file() else None
 
 
+def _template(options: ExportOptions, base_name: str, tokenizer: Any) -> Template:
+    """Return the template that the run trained with, else that of the base."""
+    config = Path(options.run or "") / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    given = settings.get("prompt_template")
+    if given and not Path(given).is_file():
+        console.print(f"The run's prompt template '{given}' is not there any more: the base's is taken.")
+        given = None
+    return resolve_template(tokenizer, base_name, given)
+
+
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:
     base = load_model(base_name, dtype=options.dtype, device="cpu", trust_remote_code=options.trust_remote_code)
     check_fits_base(base, lora, base_name)
     tokenizer = load_tokenizer(base_name, trust_remote_code=options.trust_remote_code)
     save_merged(base, lora, output)
     tokenizer.save_pretrained(output)
-    template = Path(base_name) / "prompt_template.json"
-    if template.is_file():
-        (output / template.name).write_bytes(template.read_bytes())
+    save_template(_template(options, base_name, tokenizer), output)
     stored = str(base.dtype).removeprefix("torch.")
     del base
     console.print(f"merged model written to {output} in {stored}")

@@ -148,6 +148,10 @@ def figures_that_do_not_follow(results: Results) -> list[str]:
     """Return the figures of results that do not follow from the numbers of their rows."""
     found = []
     for name, recorded in results.sets.items():
+        lacking = [row.get("index") for row in recorded.per_example if not {"nll", "tokens"} <= set(row)]
+        if lacking or not recorded.per_example:
+            found.append(f"{name} row {lacking[0]} has no nll" if lacking else f"{name} has no rows")
+            continue
         again = _summary(results, name, recorded)
         for metric, value in recorded.metrics.items():
             if metric not in again.metrics:

@@ -18,6 +18,12 @@ from loku.models import check_model_source
 from loku.progress import console
 from loku.runs import SETTINGS_WITHOUT_EFFECT, RunFolder, check_tracker
 
+NOT_THE_BASE = (
+    "run.json",
+    "results.json",
+    "config.yaml",
+    "trainer_state.json",
+)  # left by training
 ROWS = ("retain", "holdout", "general")  # what may be measured beside the forget rows
 
 
@@ -99,8 +105,8 @@ def _base_sha256(options: ReferenceOptions) -> str:
     if options.new_model:
         return sha256_file(options.new_model) if Path(options.new_model).is_file() else ""
     folder = Path(check_model_source(options.model))
-    named = [folder / name for name in ("config.json", "tokenizer.json", "prompt_template.json")]
-    files = sorted([*folder.glob("*.safetensors"), *(file for file in named if file.is_file())])
+    patterns = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.name not in NOT_THE_BASE})
     return sha256_json({file.name: sha256_file(file) for file in files})  # of a hub id nothing but its name counts
 
 

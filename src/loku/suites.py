@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loku.config import EvaluateOptions
 from loku.data.prompts import Template
-from loku.data.sources import RecordSet, load_records, load_rows
+from loku.data.sources import RecordSet, Rows, load_records, load_rows
 from loku.errors import InputError
-from loku.evaluation.assembly import Identity, suite_results
+from loku.evaluation.assembly import Identity, read_target, suite_results
 from loku.evaluation.cache import BatchCache
 from loku.evaluation.extras import parse_extras
-from loku.evaluation.lume import COLUMNS, DOCUMENT, evaluate_lume, lume_source
+from loku.evaluation.lume import COLUMNS, DOCUMENT, evaluate_lume, lume_source, membership_source
 from loku.evaluation.lume import MAX_LENGTH as LUME_MAX_LENGTH
 from loku.evaluation.lume import NEW_TOKENS as LUME_NEW_TOKENS
 from loku.evaluation.muse import evaluate_muse, load_muse
 from loku.evaluation.own import evaluate_own
-from loku.evaluation.results import Results, read_results
+from loku.evaluation.reference import load_reference
+from loku.evaluation.results import Results
 from loku.evaluation.rwku import NEW_TOKENS as RWKU_NEW_TOKENS
 from loku.evaluation.rwku import evaluate_rwku, load_rwku
 from loku.evaluation.tdec import MAX_LENGTH as TDEC_MAX_LENGTH
@@ -169,7 +170,7 @@ def _tdec(options: EvaluateOptions) -> Work:
         if name in validation or name in ("forget", "holdout"):
             raise InputError(f"--validation has two sets of the name '{name}'.", "Rename one of the files.")
         validation[name] = load_records(source, option="--validation", data_dir=options.data_dir)
-    target = read_results(options.target) if options.target else None
+    target = read_target(options.target) if options.target else None
 
     def run(loaded: Loaded, progress: Any) -> Results:
         return evaluate_tdec(
@@ -192,12 +193,9 @@ def _tdec(options: EvaluateOptions) -> Work:
 
 def _muse(options: EvaluateOptions) -> Work:
     data, warnings = load_muse(options.corpus, options.data_dir)
-    reference = read_results(options.reference) if options.reference else None
-    if reference is not None and reference.suite != "muse":
-        raise InputError(
-            f"--reference '{options.reference}' is of suite '{reference.suite}'.",
-            "Give the retain-only model's results.json of suite muse.",
-        )
+    reference = load_reference(options.reference).results if options.reference else None
+    if reference is not None:
+        _check_muse_reference(reference, options, data)
 
     def run(loaded: Loaded, progress: Any) -> Results:
         return evaluate_muse(
@@ -218,13 +216,39 @@ def _muse(options: EvaluateOptions) -> Work:
     return Work(_hashes(data), run)
 
 
+def _check_muse_reference(reference: Results, options: EvaluateOptions, data: Mapping[str, Rows]) -> None:
+    """Raise InputError for results of another suite, of the other corpus or of other membership texts."""
+    corpus = reference.settings.get("corpus", options.corpus)
+    if reference.suite != "muse" or corpus != options.corpus:
+        what = f"of suite '{reference.suite}'" if reference.suite != "muse" else f"of the corpus {corpus}"
+        raise InputError(
+            f"--reference '{options.reference}' is {what}.", "Give the retain-only model's results.json of this suite."
+        )
+    other = [
+        name
+        for name in ("forget", "holdout")
+        if name in data and reference.data.get(name, {}).get("sha256", data[name].sha256) != data[name].sha256
+    ]
+    if other:
+        raise InputError(
+            f"--reference '{options.reference}' was measured on other rows ({', '.join(other)}).",
+            "Evaluate the retain-only model on the same files.",
+        )
+
+
 def _lume(options: EvaluateOptions) -> Work:
     given = {name: getattr(options, name) or lume_source(name, options.data_dir) for name in ("forget", "retain")}
-    data = {name: load_rows(source, COLUMNS, option=f"--{name}") for name, source in given.items()}
+    data = {
+        name: load_rows(source, COLUMNS, option=f"--{name}", data_dir=options.data_dir)
+        for name, source in given.items()
+    }
+    sources = {
+        name: getattr(options, name) or membership_source(name, options.data_dir) for name in ("members", "nonmembers")
+    }
     documents = {
-        name: load_rows(getattr(options, name), DOCUMENT, option=f"--{name}")
-        for name in ("members", "nonmembers")
-        if getattr(options, name)
+        name: load_rows(source, DOCUMENT, option=f"--{name}", data_dir=options.data_dir)
+        for name, source in sources.items()
+        if source
     }
 
     def run(loaded: Loaded, progress: Any) -> Results:

@@ -98,6 +98,12 @@ class UnlearnTrainer(GuardedTrainer):
             retain=retain_term(retain_loss, retain_options),
             seed=args.seed,
         )
+        for term, examples in ((self.objective.forget, forget), (self.objective.retain, retain)):
+            if term.custom and any(example.weights is not None for example in examples or ()):
+                raise InputError(
+                    f"The loss '{term.name}' is a function of logits, which cannot see the rows' forget_spans.",
+                    "Choose a loss by its name, or leave forget_spans out.",
+                )
         self.objective.check_vocabulary(forget, retain, alternates, retain_alternates)
         together = self.meeting.combiner is None and bool(forget_weight)
         _check_alternates(self.objective.forget, alternates, "alternates")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loku.adapters.anchor import attach
+from loku.adapters.anchor import attach, detach
 from loku.adapters.export import portable_lora
 from loku.adapters.initialisers import initial_factors
 from loku.adapters.layers import parameter_share, target_layers
 from loku.assessment_rows import AssessmentRows
 from loku.config import UnlearnOptions
+from loku.data.encoding import tokens_sha256
 from loku.data.prompts import save_template
 from loku.errors import InputError, LokuError
 from loku.evidence import Subspaces, check_importance_file, gather, retain_subspaces
@@ -49,25 +51,45 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentR
     model_hash = weights_sha256(job.model)
     run.check_inputs(data, model_hash)
     check_importance_file(job, options, model_hash)
-    run.start(command="unlearn")
     if options.threads:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.threads)  # before the record says how many there are
+    run.start(command="unlearn")
     run.update(seed=options.seed, model=describe_model(job.model, options, model_hash), data=data)
     try:
-        trained, subspaces = (
-            _adapt(job, run, options, model_hash)
-            if options.tune == "lora"
-            else (_unfreeze(job.model, options.tune_layers), None)
-        )
-        _train(trained, subspaces, job, run, options, plan)
-        check_finite(trained)
-        with run.timed("export"):
-            exported = _export(trained, job, run, options)
+        with _given_back(job.model):
+            trained, subspaces = (
+                _adapt(job, run, options, model_hash)
+                if options.tune == "lora"
+                else (_unfreeze(job.model, options.tune_layers), None)
+            )
+            _train(trained, subspaces, job, run, options, plan)
+            check_finite(trained)
+            with run.timed("export"):
+                exported = _export(trained, job, run, options)
     except LokuError as error:
         run.update(status="stopped", error=error.given)
         raise
+    if isinstance(trained, PeftModel):  # its own modules, around the model
+        trained.training = trained.base_model.training = job.model.training
     run.update(peak_memory_bytes=peak_memory_bytes(), adapter=exported)
     return UnlearnResult(trained, run.path, run.record)
+
+
+@contextmanager
+def _given_back(model: PreTrainedModel) -> Iterator[None]:
+    """Leave the model's modes as they were and, when something goes wrong, no adapter in it and nothing frozen."""
+    training, modes = model.training, {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        detach(model)
+        for parameter, required in trainable.items():
+            parameter.requires_grad_(required)
+        raise
+    finally:
+        for module in model.modules():
+            module.training = modes.get(module, training)
 
 
 def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -> tuple[PeftModel, Subspaces]:
@@ -215,6 +237,7 @@ def _token_provenance(job: Job, options: UnlearnOptions) -> dict[str, Any]:
         "forget": job.forget.sha256,
         "max_length": options.max_length,
         "template": sha256_json(job.template.describe()),
+        "tokens": tokens_sha256(job.encoded_forget.examples),
     }
 
 

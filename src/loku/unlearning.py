@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from loku.assessment import assess, check_rows
 from loku.assessment_rows import load_assessment_rows
 from loku.config import UnlearnOptions, resolve
 from loku.data.sources import RecordSet
+from loku.errors import InputError
 from loku.job import UnlearnResult, prepare
+from loku.methods import METHODS
 from loku.runs import RunFolder
 from loku.training import run_job
 
@@ -42,7 +45,11 @@ def unlearn(
 
     Example: see the README, whose code is run by the tests.
     """
-    options = options or resolve_options(settings)
+    if options is not None and settings:
+        raise InputError(
+            f"unlearn() got options, and {', '.join(settings)} as well.", "Give one: settings alone, or all in options."
+        )
+    options = resolve_options(settings) if options is None else with_its_method(options)
     options.check()
     run = RunFolder.check(output, options.as_dict())
     extra = load_assessment_rows(options)
@@ -51,6 +58,18 @@ def unlearn(
     result = run_job(job, run, options, extra)
     assess(result, job, run, options, extra)
     return result
+
+
+def with_its_method(options: UnlearnOptions) -> UnlearnOptions:
+    """Return options with their method's settings where these were left at the class's defaults, which are LoKU's.
+
+    So `UnlearnOptions(method="npo")` is NPO; losses or an initialiser that were set beside the method stay.
+    """
+    named = METHODS.get(str(options.method))
+    defaults = UnlearnOptions()
+    if named is None or any(getattr(options, name) != getattr(defaults, name) for name in named.settings):
+        return options
+    return dataclasses.replace(options, **named.settings)
 
 
 def resolve_options(settings: Mapping[str, Any]) -> UnlearnOptions:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.table import Table
+from rich.text import Text
 
 from loku.config import (
     AttackOptions,
@@ -49,7 +50,7 @@ def methods(_: None = None) -> None:
     """List every method: family, needs, cost, when to use it."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, method in METHODS.items():
-        table.add_row(f"[bold]{name}[/bold]", "", f"{method.family} ({method.source})")
+        table.add_row(Text(name, style="bold"), "", f"{method.family} ({method.source})")
         for label in ("when", "needs", "cost"):
             table.add_row("", label, getattr(method, label))
     console.print(table)
@@ -77,8 +78,8 @@ def unlearn(options: UnlearnOptions) -> None:
     from loku.assessment import assess, check_rows
     from loku.assessment_rows import load_assessment_rows
     from loku.data.prompts import resolve_template
-    from loku.job import load_rows, prepare
-    from loku.models import check_model_source, load_config, load_model, load_tokenizer
+    from loku.job import load_rows, load_target, prepare
+    from loku.models import check_model_source, load_config, load_tokenizer
     from loku.plan import print_plan
     from loku.runs import RunFolder
     from loku.training import run_job
@@ -94,8 +95,7 @@ def unlearn(options: UnlearnOptions) -> None:
     load_config(options.model, trust_remote_code=options.trust_remote_code)
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     resolve_template(tokenizer, options.model, options.prompt_template)
-    dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
-    model = load_model(options.model, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code)
+    model = load_target(options)
     job = prepare(model, tokenizer, forget, retain, options)
     check_rows(extra, job, options)
     print_plan(job, run, options)
@@ -118,6 +118,7 @@ def importance(options: ImportanceOptions) -> None:
     settings = UnlearnOptions(
         **{name: value for name, value in options.as_dict().items() if name in UnlearnOptions.fields()}
     )
+    settings.rank = 1  # no adapter is made: any layer is wide enough
     forget, retain = load_rows(settings)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     model = load_model(

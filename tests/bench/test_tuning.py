@@ -7,7 +7,7 @@ import random
 import pytest
 
 from bench_builders import figures, models_record, run_record
-from loku.bench.tuning import COMPARED, choose, distance, score, steps_taken
+from loku.bench.tuning import COMPARED, PERCENT, choose, distance, score, steps_taken
 
 DRAW = random.Random(0)
 
@@ -21,7 +21,9 @@ def test_the_distance_is_the_mean_difference_over_what_both_have():
         ours, theirs = drawn(), drawn()
         del ours["values"]["model_utility"]
         names = [name for name in COMPARED if name != "model_utility"]
-        expected = sum(abs(ours["values"][n]["mean"] - theirs["values"][n]["mean"]) for n in names) / len(names)
+        scale = {name: 100 if name in PERCENT else 1 for name in names}
+        apart = [abs(ours["values"][n]["mean"] - theirs["values"][n]["mean"]) / scale[n] for n in names]
+        expected = sum(apart) / len(apart)
         assert distance(ours, theirs) == pytest.approx(expected, abs=1e-12)
     assert distance(theirs, theirs) == 0.0
     assert distance(None, theirs) == 1.0

@@ -136,7 +136,7 @@ def test_a_published_log_serves_as_the_retain_models(results, tmp_path):
         assert found.summary.get(figure) == pytest.approx(by_results.get(figure))
     assert found.summary["mia_auc_distance"] == pytest.approx(abs(found.summary["mia_auc"] - other.summary["mia_auc"]))
     assert "mia_auc_reference" not in found.summary  # no rows of ours to match
-    assert any("holds no texts" in warning for warning in found.warnings)
+    assert any("lacks texts" in warning for warning in found.warnings)
 
 
 def test_a_summary_alone_is_no_reference(tmp_path, results):

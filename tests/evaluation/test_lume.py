@@ -18,6 +18,7 @@ from loku.evaluation.lume import (
     kind_of,
     knowledge,
     lume_source,
+    membership_source,
     mia_score,
     task_aggregate,
     task_values,
@@ -163,3 +164,16 @@ def test_the_real_files(folder, names, counts):
     model = tiny_model(max_position_embeddings=2048)
     found = evaluate_lume(model, TOKENIZER, forget=few[0], retain=few[1], max_new_tokens=2)
     assert found.sets["forget"].rows == 6
+
+
+def test_membership_files_beside_the_rows_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    assert membership_source("members") is None
+    assert membership_source("members", tmp_path) is None
+    (tmp_path / "lume").mkdir()
+    (tmp_path / "lume" / "members.jsonl").touch()
+    assert membership_source("members", tmp_path) == str(tmp_path / "lume" / "members.jsonl")
+
+
+def test_mmlu_without_membership_gives_no_final_score_and_says_why():
+    assert any("There is no final score" in note for note in evaluate(mmlu=0.5).warnings)

@@ -12,7 +12,7 @@ from builders import byte_level_tokenizer, tiny_model
 from loku.data.encoding import Encoder
 from loku.data.prompts import TagTemplate
 from loku.data.sources import load_records
-from loku.errors import InputError
+from loku.errors import DivergenceError, InputError
 from loku.evaluation import measuring
 from loku.evaluation.assembly import membership
 from loku.evaluation.generation import generate
@@ -288,3 +288,28 @@ def test_a_row_whose_prompt_fills_the_limit_is_refused_before_any_work():
             template=TagTemplate(),
             max_length=50,
         )
+
+
+def test_membership_is_not_compared_with_a_reference_of_other_holdout_rows():
+    other = [{"question": f"Who is Odo{n}?", "answer": f"Odo{n} paints."} for n in range(4)]
+    reference = evaluate(RICH, seed=1, holdout=records(other))
+    found = evaluate(RICH, reference=reference, holdout=records(RICH))
+    assert not any("distance" in name or name in ("priv_leak", "mia_auc_reference") for name in found.summary)
+    assert any("was measured on other holdout rows than these" in warning for warning in found.warnings)
+    assert "forget_quality" in found.summary  # the forget rows are the same
+
+
+def test_a_model_that_says_no_number_is_named_and_nothing_crashes():
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(DivergenceError, match=r"The likelihood of forget row 0 is not finite"):
+        evaluate_own(model, TOKENIZER, forget=records(QUESTIONS), max_new_tokens=2)
+
+
+def test_a_paraphrased_question_beyond_the_context_is_refused_before_any_work():
+    model, seen = tiny_model("gpt2", n_positions=60), []
+    rows = [RICH[0] | {"paraphrased_question": "Where on earth was Mira0 born? " * 9}]
+    with pytest.raises(InputError, match="but the model reads 60 at most"):
+        evaluate_own(model, TOKENIZER, forget=records(rows), progress=lambda *args: seen.append(args))
+    assert not seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -115,7 +116,21 @@ def test_a_log_of_other_questions_is_compared_with_a_warning(tmp_path):
     del log[LOG_KEYS["forget"]]["generated_text"]
     path.write_text(json.dumps(log), encoding="utf-8")
     (warning,) = check_reference(load_reference(path), rows(["a0 is a poet"]), SHA)
-    assert "holds no texts" in warning
+    assert "lacks texts" in warning
+
+
+def test_a_log_that_lacks_the_texts_of_a_row_is_compared_with_a_warning(tmp_path):
+    reference = dataclasses.replace(
+        load_reference(write_log(tmp_path, rows=3)), answers=("a0 is a poet", "a1 is a poet")
+    )
+    (warning,) = check_reference(reference, rows(["a0 is a poet", "a1 is a poet", "a2 is a poet"]), SHA)
+    assert "lacks texts" in warning
+
+
+def write_log(folder, **more):
+    path = folder / "log.json"
+    path.write_text(json.dumps(small_log(**more)), encoding="utf-8")
+    return path
 
 
 def test_forget_quality_needs_ratios_on_both_sides():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from evaluation_builders import made_results
 from loku.evaluation.reference import load_reference
+from loku.evaluation.results import SetResults
 from loku.evaluation.verdict import verdict
 
 FLUENT = {"repetition": 0.02, "token_entropy": 4.0}
@@ -192,3 +195,30 @@ def test_without_a_forget_set_there_is_no_verdict():
     results = unlearned()
     results.sets = {"retain": results.sets["forget"]}
     assert verdict(results, target=TARGET, reference=RETAIN_ONLY) is None
+
+
+@pytest.mark.parametrize("change", ["sha256", "rows", "sets", "suite"])
+def test_utilities_of_other_rows_are_not_compared(change):
+    """The same model, measured on other rows to keep, is not damaged."""
+
+    def measured(name, utility):
+        found = made_results(name, utility=utility, probability=0.45, rougeL_recall=0.5, p=0.4, **FLUENT)
+        found.sets["retain"] = SetResults(8, {}, [])
+        found.data["retain"] = {"name": "r.jsonl", "sha256": "cd" * 32, "rows": 8}
+        return found
+
+    target, ours = measured("target", 0.7), measured("unlearned", 0.1)
+    assert verdict(ours, target=target).level == "damaged"
+    match change:
+        case "sha256":
+            ours.data["retain"]["sha256"] = "ef" * 32
+        case "rows":
+            ours.sets["retain"] = SetResults(4, {}, [])
+        case "sets":
+            ours.sets["general"] = ours.sets.pop("retain")
+        case "suite":
+            ours = dataclasses.replace(ours, suite="tofu")
+    assert verdict(ours, target=target).level == "not suppressed"
+    found = verdict(ours, target=target, reference=load_reference(made_results("clean", utility=None, **FLUENT)))
+    assert found.level == "undecided"
+    assert "utility was measured there on other rows (or sets) than here" in found.sentence

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from loku.errors import InputError
-from loku.report.card import public_name, write_model_card
+from loku.report.card import public_name, public_source, write_model_card
 
 HUB = "example-org/Target-1B"
 
@@ -62,7 +62,9 @@ def test_models(
     assert "This model was not evaluated." in text
 
 
-def test_local_paths_are_not_published(make_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_local_paths_are_not_published(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run()
     record = json.loads((run / "run.json").read_text())
     record["data"]["forget"]["name"] = "/home/somebody/people.jsonl"
@@ -72,6 +74,10 @@ def test_local_paths_are_not_published(make_run: Callable[..., Path], tmp_path: 
     assert "somebody" not in text
     assert 'base = "path/to/target"' in text
     assert "people.jsonl" in text
+    (tmp_path / "acme" / "jane_doe").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_source("acme/jane_doe[0:4]") == "jane_doe[0:4]"  # a folder of save_to_disk, by a relative path
+    assert public_source("owner/name:train") == "owner/name:train"
     (tmp_path / "local").mkdir()
     assert public_name(str(tmp_path / "local")) == "local"
 

@@ -244,6 +244,16 @@ def test_comparison(make_run: Callable[..., Path], tmp_path: Path) -> None:
     assert "<h3>Mind</h3>" not in text
 
 
+def test_every_run_is_judged_by_its_own_retain_only_model(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = make_run("loku"), make_run("loku", "again")
+    own = json.loads((second / "results.json").read_text())
+    own["model"] = {"name": "other", "sha256": "f" * 64}
+    (second / "results.retain_only.json").write_text(json.dumps(own))  # it knows just as much
+    plain = words(check_page(write_report([first, second], tmp_path / "report.html")))
+    assert "loku (again): answer probability" not in plain
+    assert "compared with different models as retain-only model" in plain
+
+
 def test_comparison_says_what_is_not_comparable(make_run: Callable[..., Path], tmp_path: Path) -> None:
     first, second = make_run("loku"), make_run("loku", "again")
     record = json.loads((second / "run.json").read_text())

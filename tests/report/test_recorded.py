@@ -42,8 +42,11 @@ def test_a_report_without_attacks_or_record_says_so(
 ) -> None:
     run = make_run()
     assert "There is no record.json; <code>loku record</code> writes it" in _section(run)
+    made = "Attempts to bring the knowledge back (fine-tuning"
     make_record(run)
+    assert made not in write_report([run], run / "report.html").read_text()  # they are shown
     (run / "attacks.json").unlink()
+    assert made in write_report([run], run / "report.html").read_text()
     value = json.loads((run / "record.json").read_text())
     value["attacks"] = {"run": False, "rule": "", "attacks": {}, "worst": None}
     (run / "record.json").write_text(json.dumps(value))

@@ -68,6 +68,15 @@ def attach(
     return peft_model
 
 
+def detach(model: nn.Module) -> None:
+    """Take all adapters out of a base model again, in place; nothing happens to one without."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Return the adapted layers by the name they have in the base model."""
     prefix = re.compile(r"^base_model\.model\.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loku.bench.leaderboard import FIGURES
+from loku.bench.leaderboard import FIGURES, OWN_UTILITY
 from loku.bench.tuning import COMPARED
 
 DIGITS = 5  # significant ones: more than any interval has
 CURVE = ("probability", "exact_memorisation", "ma", "el_10")  # of the forget set, by step
-KEPT = (*FIGURES.values(), *COMPARED)
+KEPT = (*FIGURES.values(), *COMPARED, OWN_UTILITY)
 
 
 def compact(record: Mapping[str, Any]) -> dict[str, Any]:

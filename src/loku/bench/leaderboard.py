@@ -41,6 +41,10 @@ FIGURES = {
     "retain knowledge": "retain.knowledge",
     "task aggregate": "task_aggregate",
     "MIA score": "mia_score",
+    "verbatim forget": "verbmem_forget",
+    "knowledge forget": "knowmem_forget",
+    "knowledge retain": "knowmem_retain",
+    "PrivLeak": "priv_leak",
 }
 OWN_UTILITY = "utility"
 NOTE = (

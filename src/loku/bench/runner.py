@@ -21,7 +21,7 @@ from loku.bench.workers import Outcome, Workers, check_backend, cores, workers
 from loku.config import BenchOptions
 from loku.errors import InputError, LokuError, suggestion
 from loku.files import check_output_folder, write_json, write_text
-from loku.progress import Update, console, progress
+from loku.progress import Update, console, progress, say
 
 AGAIN = "What was written is kept; run the same command again to repeat them."
 
@@ -60,7 +60,7 @@ def bench(options: BenchOptions) -> Path:
     console.print(f"leaderboard: {page}")
     if grid.failures:
         for failure in grid.failures:
-            console.print(f"[red]failed[/red] {failure.given} {failure.remedy}")
+            say("failed", f" {failure.given} {failure.remedy}", "red")
         raise LokuError(f"{len(grid.failures)} of the runs failed: {grid.failures[0].given}", AGAIN)
     if schedule.ready():
         console.print(f"The time limit of {options.time_limit:g} minutes is over: run the same command again to go on.")

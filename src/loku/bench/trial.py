@@ -26,8 +26,8 @@ from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
 from loku.errors import DivergenceError, InputError
 from loku.files import read_json, write_json
-from loku.job import Job, load_rows, prepare
-from loku.models import load_model, load_tokenizer
+from loku.job import Job, load_rows, load_target, prepare
+from loku.models import load_tokenizer
 from loku.runs import hardware, peak_memory_bytes, versions
 from loku.training import run_job
 
@@ -75,8 +75,7 @@ def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, An
     run = reopened(work, options.as_dict())
     forget, retain = load_rows(options)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
-    dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
-    model = load_model(str(options.model), dtype=dtype, device=options.device)
+    model = load_target(options)
     job = prepare(model, tokenizer, forget, retain, options)
     rows = measured_rows(recipe, options, folder)
     target = results_file(folder, TARGET)

@@ -17,7 +17,9 @@ COMPARED = (
     "retain.probability", "retain.exact_match", "general.exact_match", "model_utility",
     "forget.ma", "forget.el_10", "cloze.accuracy",
     "forget.regurgitation", "forget.knowledge", "retain.regurgitation", "retain.knowledge",
+    "verbmem_forget", "knowmem_forget", "knowmem_retain",
 )  # fmt: skip
+PERCENT = ("verbmem_forget", "knowmem_forget", "knowmem_retain")  # of those, MUSE's own scale
 UTILITY = ("model_utility", "utility")  # of suite own, of tdec and lume
 
 
@@ -26,8 +28,11 @@ def distance(figures: dict[str, Any] | None, reference: dict[str, Any]) -> float
 
     It is 1, the farthest there is, for a run that diverged and where nothing was measured in both.
     """
-    pairs = [(value_of(figures, name), value_of(reference, name)) for name in COMPARED]
-    found = [abs(ours - theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    found = []
+    for name in COMPARED:
+        ours, theirs = value_of(figures, name), value_of(reference, name)
+        if ours is not None and theirs is not None:
+            found.append(abs(ours - theirs) / (100 if name in PERCENT else 1))
     return mean(found) if found else 1.0
 
 

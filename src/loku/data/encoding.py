@@ -9,6 +9,7 @@ from typing import Any
 from loku.data.prompts import ChatTemplate, TagTemplate, render_chat
 from loku.data.records import Record
 from loku.errors import InputError
+from loku.files import sha256_json
 
 IGNORE = -100
 
@@ -34,6 +35,11 @@ class Example:
         """Each token's weight: 0 where it is not supervised."""
         given = self.weights or (1.0,) * len(self.labels)
         return tuple(0.0 if label == IGNORE else weight for label, weight in zip(self.labels, given, strict=True))
+
+
+def tokens_sha256(examples: Iterable[Example]) -> str:
+    """Return a hash of what examples are to a model, whichever tokenizer and template made it."""
+    return sha256_json([(list(example.input_ids), list(example.labels)) for example in examples])
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,13 @@ class Encoder:
                 continue
             prompt = self._render(turns[:end], f"{option} row {index}", generation=True)
             full = self._render(turns[: end + 1], f"{option} row {index}", generation=False)
-            if prompt[: len(ids)] != ids or full[: len(prompt)] != prompt:
+            if full[: len(prompt)] != prompt and prompt[: len(ids)] == ids:
+                raise InputError(
+                    f"{option} row {index}: what the tokenizer's chat template writes before an answer to come "
+                    "(such as '<think>') is not what stands before an answer that is there.",
+                    "Set tokenizer.chat_template to one that writes both alike, or give tags by --prompt-template.",
+                )
+            if prompt[: len(ids)] != ids:
                 raise InputError(
                     f"{option} row {index}: the tokenizer's chat template renders turn {end + 1} differently once more "
                     "turns follow.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from loku.errors import InputError, suggestion
 from loku.files import write_json
 
 FILE_NAME = "prompt_template.json"
+DATE = datetime.datetime(2024, 7, 26)  # what templates that print the date (Llama 3) print, today and on any other day
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,15 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, genera
     """Return a conversation as the tokenizer's chat template writes it, with `generation` up to the answer to come.
 
     Reasoning is off: a template that writes an empty thinking block before an answer (Qwen3's) puts it into the
-    prompt, where it belongs, and templates that do not know the variable ignore it. Raises InputError, naming `where`,
+    prompt, where it belongs, and templates that do not know the variable ignore it. Today is always 26 July 2024, so
+    that a run means the same tomorrow. Raises InputError, naming `where`,
     when the template refuses the conversation, as many do with a system turn.
     """
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False
-        )
+            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False,
+            date_string=DATE.strftime("%d %b %Y"), strftime_now=DATE.strftime,
+        )  # fmt: skip
     except TemplateError as error:
         raise InputError(
             f"{where}: the tokenizer's chat template refuses the conversation ({error}).",

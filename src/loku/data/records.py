@@ -131,7 +131,7 @@ def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]
     found: dict[str, Any] = {}
     for column in OPTIONAL:
         value = row.get(column)
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):  # a blank cell: CSV knows no other absence
             continue
         if column in LISTS:
             answers = [value] if isinstance(value, str) else value

@@ -62,6 +62,11 @@ def prepare(
             )
         found = load_reference(reference)
         warnings = check_reference(found, records["forget"], record_sets["forget"].sha256)
+        if not _same_holdout(found, record_sets, records):
+            warnings.append(
+                f"The retain-only model '{found.name}' was measured on other holdout rows than these: membership is "
+                "not compared with it."
+            )
     before = target if target is None or isinstance(target, Results) else read_target(target)
     if before is not None and "forget" in records:
         theirs = before.data.get("forget", {}).get("sha256")
@@ -71,6 +76,18 @@ def prepare(
                 "Evaluate the target on the same forget set, and give that results.json.",
             )
     return Prepared(record_sets, records, found, before, warnings)
+
+
+def _same_holdout(
+    reference: Reference, record_sets: Mapping[str, RecordSet], records: Mapping[str, Sequence[Record]]
+) -> bool:
+    """Return whether a reference was measured on these holdout rows, so far as that is known."""
+    if reference.results is None or "holdout" not in records or "holdout" not in reference.results.sets:
+        return True
+    theirs = reference.results.data.get("holdout", {}).get("sha256")
+    rows = sorted(int(row["index"]) for row in reference.results.sets["holdout"].per_example)
+    mine = sorted(record.index for record in records["holdout"])
+    return theirs in (None, record_sets["holdout"].sha256) and rows in ([], mine)
 
 
 def read_target(path: str | Path) -> Results:
@@ -178,7 +195,10 @@ def suite_results(
 def conclude(results: Results, prepared: Prepared) -> Results:
     """Add membership figures where there is a holdout set, forget quality where there is a reference, the verdict."""
     if "forget" in results.sets and "holdout" in results.sets:
-        results.summary |= membership(results.sets["forget"], results.sets["holdout"], prepared.reference)
+        known = prepared.reference
+        if known is not None and not _same_holdout(known, prepared.record_sets, prepared.records):
+            known = None
+        results.summary |= membership(results.sets["forget"], results.sets["holdout"], known)
     if "forget" in results.sets:
         ratios = [row["truth_ratio"] for row in results.sets["forget"].per_example if "truth_ratio" in row]
         quality = reference_quality(prepared.reference, ratios)

@@ -53,6 +53,13 @@ def lume_source(name: str, data_dir: str | Path | None = None) -> str:
     return found
 
 
+def membership_source(name: str, data_dir: str | Path | None = None) -> str | None:
+    """Return the file of `members` or `nonmembers` in the folder `lume`, where it is there."""
+    base = data_dir or os.environ.get("LOKU_DATA_DIR")
+    files = [] if base is None else [Path(base) / "lume" / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((str(file) for file in files if file.is_file()), None)
+
+
 def kind_of(identifier: str) -> str:
     """Return which probe a row is, from the end of its id: "sc" sentence completion, "qa" question answering."""
     found = _PROBE.search(identifier)
@@ -200,7 +207,7 @@ def evaluate_lume(
         settings={"max_rows": max_rows, "max_new_tokens": max_new_tokens, "max_length": max_length},
         sets=sets,
         summary=summary | final_scores(aggregate, score, mmlu),
-        warnings=_notes(values, mmlu),
+        warnings=_notes(values, mmlu, membership=score is not None),
         texts=texts,
     )
 
@@ -210,13 +217,15 @@ def _value(row: Mapping[str, Any], said: str) -> dict[str, float]:
     return {KINDS[kind]: rougeL_recall(said, row["output"]) if kind == "sc" else knowledge(said, row["output"])}
 
 
-def _notes(values: Mapping[str, float], mmlu: float | None) -> Sequence[str]:
+def _notes(values: Mapping[str, float], mmlu: float | None, *, membership: bool) -> Sequence[str]:
     """Return what limits the scores."""
     notes = []
     probes = [f"task{task}_{kind}" for task in range(1, len(TASKS) + 1) for kind in KINDS.values()]
     missing = [name for probe in probes for name in (f"forget_{probe}", f"retain_{probe}") if name not in values]
     if missing:
         notes.append(f"There is no task aggregate: no row gives {', '.join(missing)}.")
+    if mmlu is not None and not membership:
+        notes.append("There is no final score: it needs --members and --nonmembers, too.")
     if mmlu is not None and mmlu < MMLU_LEAST:
         notes.append(f"MMLU {mmlu} lies below {MMLU_LEAST}: the task did not rank such models (of its 7B target).")
     return notes

@@ -22,7 +22,7 @@ from loku.evaluation.modes import end_ids
 from loku.evaluation.passes import Reading, reading_of
 from loku.evaluation.refusal import is_refusal
 from loku.evaluation.results import SetResults
-from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, score
+from loku.evaluation.scoring import BATCH_TOKENS, SequenceScore, check_scored, score
 from loku.models import check_fits
 
 Progress = Callable[[int, int, str], None]
@@ -206,6 +206,8 @@ def measure(
     )
     for place, result in zip(work.scored, scores, strict=True):
         place(result)
+    for name, rows in measured.items():
+        check_scored([part for row in rows for part in row.answer], name)
     known = [
         [] if source is None else known_start(work.examples[source], scores[source].hits, len(prompt))
         for source, prompt in zip(work.sources, work.prompts, strict=True)
@@ -254,7 +256,8 @@ def _plan(
         name: [_plan_row(work, encoder, tokenizer, record, f"--{name}", answers_only) for record in records]
         for name, records in sets.items()
     }
-    check_fits(model, tokenizer, max((len(example.input_ids) for example in work.examples), default=0))
+    lengths = [*(len(example.input_ids) for example in work.examples), *(len(prompt) + 1 for prompt in work.prompts)]
+    check_fits(model, tokenizer, max(lengths, default=0))
     return work, measured
 
 

@@ -16,7 +16,7 @@ from loku.evaluation.judging import judged
 from loku.evaluation.measuring import Measured, Progress
 from loku.evaluation.metrics import bootstrap
 from loku.evaluation.results import SetResults
-from loku.evaluation.scoring import BATCH_TOKENS, score
+from loku.evaluation.scoring import BATCH_TOKENS, check_scored, score
 from loku.models import check_fits
 
 
@@ -142,7 +142,9 @@ def score_texts(
     check_fits(model, tokenizer, max((len(window.input_ids) for own in windows for window in own), default=0))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     examples = [window for own in windows for window in own]
-    scores = iter(score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens, cache=cache))
+    found = score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens, cache=cache)
+    check_scored(found, "the text of")
+    scores = iter(found)
     pairs = zip(records, windows, strict=True)
     return [Measured(record, "", [], answer=[next(scores) for _ in own]).numbers() for record, own in pairs]
 

@@ -172,8 +172,8 @@ def _log_warnings(reference: Reference, records: Sequence[Record]) -> list[str]:
             f"The forget rows are not the same questions: {len(records)} rows here, {len(reference.truth_ratios)} in "
             f"the log '{reference.name}'. Forget quality compares two different sets."
         ]
-    if not reference.answers:
-        return [f"The log '{reference.name}' holds no texts: its forget rows may be others than these."]
+    if len(reference.answers) != len(records):  # a log may lack a row's texts and have its truth ratio
+        return [f"The log '{reference.name}' lacks texts: its forget rows may be others than these."]
     different = sum(
         _tight(record.answer or "") != _tight(answer) for record, answer in zip(records, reference.answers, strict=True)
     )

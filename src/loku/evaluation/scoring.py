@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from loku.data.encoding import IGNORE, Example
-from loku.errors import InputError
+from loku.errors import DivergenceError, InputError
 from loku.evaluation.cache import BatchCache
 from loku.evaluation.modes import evaluating
 from loku.evaluation.passes import Reading, Statistics, reading_of, tree_statistics
@@ -112,6 +113,16 @@ def score(
     if progress is not None and len(found) > own:
         progress(len(found) - own)
     return [_score(example, found[place], eos_ids) for place, example in enumerate(examples)]
+
+
+def check_scored(scores: Sequence[SequenceScore], what: str) -> None:
+    """Raise DivergenceError where a likelihood is not a number: such a model says nothing about what it knows."""
+    for found in scores:
+        if not math.isfinite(found.nll):
+            raise DivergenceError(
+                f"The likelihood of {what} row {found.index} is not finite ({found.nll}).",
+                "The model has diverged, or overflows in its type: measure another checkpoint, or try --dtype float32.",
+            )
 
 
 def predicting_ids(example: Example) -> list[int]:

@@ -19,7 +19,7 @@ from loku.evaluation.extraction import NGRAMS, below, measure_extraction
 from loku.evaluation.generation import BATCH_ROWS
 from loku.evaluation.measuring import Measured, Progress, set_results
 from loku.evaluation.results import Results, SetResults
-from loku.evaluation.scoring import BATCH_TOKENS, score
+from loku.evaluation.scoring import BATCH_TOKENS, check_scored, score
 from loku.models import check_fits
 
 MAX_LENGTH = 200  # tokens of a target sequence
@@ -140,4 +140,6 @@ def _scored(
     scores = score(model, examples, pad_id=pad_id, batch_tokens=batch_tokens, cache=cache)
     for row, found in zip(owners, scores, strict=True):
         row.answer.append(found)
+    for name, found_rows in measured.items():
+        check_scored([part for row in found_rows for part in row.answer], name)
     return measured

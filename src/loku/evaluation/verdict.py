@@ -20,6 +20,7 @@ REPETITION_EXCESS = 0.2  # repeated 4-grams beyond the comparison model's that c
 ENTROPY_SHARE = 0.5  # below this share of the comparison model's token entropy fluency counts as broken
 FEW_ROWS = 100  # below this number of forget rows a KS test has little power
 
+UTILITY_SETS = ("retain", "general", "real_authors", "world_facts")  # of suites own and tofu
 NOT_MEASURED = "indistinguishability not measured"
 SCORE_GAP = 0.05  # difference of a forget score from the reference's that may count as none
 FORGET_SCORES = {"probability": "answer probability", "rougeL_recall": "ROUGE-L recall"}
@@ -192,30 +193,53 @@ def _utility_share(unlearned: Results, target: Results | None, reference: Refere
     None where either was not measured; a utility of 0 has no shares.
     """
     ours = unlearned.summary.get("model_utility")
-    for whose, theirs in _utilities(target, reference).items():
+    for whose, theirs in _utilities(unlearned, target, reference).items():
         if ours is not None and theirs > 0:
             return ours / theirs, whose
     return None, ""
 
 
-def _utilities(target: Results | None, reference: Reference | None) -> dict[str, float]:
-    """Return the utilities that were measured to compare with, the target's first."""
-    owners: dict[str, Mapping[str, float]] = {
-        "the target's": target.summary if target else {},
-        "the retain-only model's": (reference.summary or {}) if reference else {},
+def _utilities(unlearned: Results, target: Results | None, reference: Reference | None) -> dict[str, float]:
+    """Return the utilities of the same rows that were measured to compare with, the target's first."""
+    owners: dict[str, tuple[Mapping[str, float], Results | None]] = {
+        "the target's": (target.summary if target else {}, target),
+        "the retain-only model's": (
+            (reference.summary or {}, reference.results) if reference is not None else ({}, None)
+        ),
     }
-    return {whose: summary["model_utility"] for whose, summary in owners.items() if "model_utility" in summary}
+    return {
+        whose: summary["model_utility"]
+        for whose, (summary, results) in owners.items()
+        if "model_utility" in summary and (results is None or _same_utility_rows(unlearned, results))
+    }
+
+
+def _same_utility_rows(one: Results, other: Results) -> bool:
+    """Return whether the utilities of two results are means over the same rows, so far as their hashes are known."""
+    if one.suite != other.suite:
+        return False
+    for name in UTILITY_SETS:
+        if (name in one.sets) != (name in other.sets):
+            return False
+        (ours, theirs), rows = (found.data.get(name, {}).get("sha256") for found in (one, other)), (one, other)
+        if None not in (ours, theirs) and ours != theirs:
+            return False
+        if name in one.sets and len({found.sets[name].rows for found in rows}) > 1:
+            return False
+    return True
 
 
 def _no_share(unlearned: Results, target: Results | None, reference: Reference | None) -> str:
     """Say why there is no share of utility."""
     if "model_utility" not in unlearned.summary:
         return "utility was not measured (evaluate retain data as well)"
-    compared = list(_utilities(target, reference))
+    compared = list(_utilities(unlearned, target, reference))
     if compared:
         return (
             f"there is no utility to compare with ({' and '.join(compared)} {'is' if len(compared) == 1 else 'are'} 0)"
         )
+    if (target and "model_utility" in target.summary) or (reference and "model_utility" in (reference.summary or {})):
+        return "utility was measured there on other rows (or sets) than here"
     return "utility was measured of neither the target nor the retain-only model"
 
 

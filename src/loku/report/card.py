@@ -119,7 +119,8 @@ def _opening(run: Mapping[str, Any], kind: str, base: str) -> str:
 def public_source(name: object) -> str:
     """Return a data set's name; of a path only the last part, folders are nobody's business."""
     text = str(name)
-    is_path = text.startswith(("/", "\\", "~", ".")) or ":\\" in text or re.search(r"\.\w{2,7}(\[[\d:]+\])?$", text)
+    is_path = text.startswith(("/", "\\", "~", ".")) or ":\\" in text or Path(text.split("[", maxsplit=1)[0]).exists()
+    is_path = is_path or re.search(r"\.\w{2,7}(\[[\d:]+\])?$", text) is not None
     return re.split(r"[/\\]", text)[-1] if is_path else text
 
 

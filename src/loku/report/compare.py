@@ -70,7 +70,7 @@ def comparison(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "beyond": [
             (label, ", ".join(less))
             for label, run in zip(labels, runs, strict=True)
-            if (less := beyond_retain_only({**run.results, "retain_only": references["retain_only"] or {}}))
+            if (less := beyond_retain_only({"retain_only": references["retain_only"] or {}, **run.results}))
         ],
         "no_virtue": NO_VIRTUE,
         "verdicts": [(label, found) for label, *_, result in singles if (found := verdict(result))],
@@ -234,6 +234,10 @@ def _warnings(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[str]:
         found = {at(run.run, *keys) for run in runs} - {None}
         if len(found) > 1:
             notes.append(f"The runs do not share one {what}: their figures are not comparable as they stand.")
+    for role, what in (("target", "target"), ("retain_only", "retain-only model")):
+        models = {at(run.results.get(role), "model", "sha256") for run in runs} - {None}
+        if len(models) > 1:
+            notes.append(f"The runs were compared with different models as {what}: its row is the first one's.")
     suites = {at(run.results.get("unlearned"), "suite") for run in runs} - {None}
     if len(suites) > 1:
         notes.append("The runs were evaluated with different suites: " + ", ".join(sorted(map(str, suites))) + ".")

@@ -99,7 +99,7 @@ def run_content(folder: RunFolder) -> dict[str, Any]:
         "labels": {role: labels[role] for role in ROLES if role in results},
         "verdict": verdict(results.get("unlearned")),
         "explanation": explanation(results, evaluated="unlearned" if run is not None else "evaluated"),
-        "not_claimed": not_claimed(run, results),
+        "not_claimed": not_claimed(run, results, folder.attacks),
         "missing": missing_pieces(run, results, has_texts=bool(texts), has_curves=bool(folder.curves))
         + folder.problems,
         "glance": glance(results),

@@ -105,13 +105,15 @@ def _sentence(start: str, values: Mapping[str, Value], model: str) -> str:
     return f"{start}, {joined}."
 
 
-def not_claimed(run: Mapping[str, Any] | None, results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def not_claimed(
+    run: Mapping[str, Any] | None, results: Mapping[str, Mapping[str, Any]], attacks: Mapping[str, Any] | None = None
+) -> list[str]:
     """Return what a reader must not conclude."""
     points = [
         "These figures are empirical evidence from the questions that were asked. They are no proof and no guarantee "
         "that the information was deleted from the weights.",
     ]
-    if not section(results.get("unlearned"), "attacks"):
+    if not section(attacks, "attacks"):
         points.append(
             "Attempts to bring the knowledge back (fine-tuning on a few facts, other wordings, rounding the weights) "
             "were not part of this evaluation."
