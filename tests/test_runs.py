@@ -6,13 +6,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from builders import tiny_model
 from loku import runs
 from loku.config import FinetuneOptions, UnlearnOptions
 from loku.errors import InputError
-from loku.runs import SETTINGS_WITHOUT_EFFECT, MetricsLog, RunFolder, check_tracker
+from loku.runs import SETTINGS_WITHOUT_EFFECT, MetricsLog, RunFolder, check_tracker, hardware, peak_memory_bytes
 
 CONFIG = {"model": "tiny", "rank": 4, "learning_rate": 1e-05, "retain": None, "threads": 1, "report_to": "none"}
 
@@ -223,3 +224,11 @@ def test_trackers_that_are_not_installed_are_refused(monkeypatch):
     sentence = r"--report-to 'tensorboard' was given, but its package is not installed\.\nInstall it, or leave"
     with pytest.raises(InputError, match=sentence):
         check_tracker("tensorboard")
+
+
+def test_the_device_in_use_is_what_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert [hardware(device)["device"] for device in (None, "cuda:0", "cpu")] == ["a GPU", "a GPU", "cpu"]
+    assert [peak_memory_bytes(device) == 7 for device in (None, "cuda", "cpu")] == [True, True, False]

@@ -78,7 +78,7 @@ def fit(
     )
     if options.threads:
         torch.set_num_threads(options.threads)
-    run.start(command=command)
+    run.start(command=command, device=str(model.device))
     run.update(
         seed=options.seed,
         data=data,
@@ -88,7 +88,7 @@ def fit(
     model.save_pretrained(run.path)
     tokenizer.save_pretrained(run.path)
     save_template(template, run.path)
-    run.update(status="finished", peak_memory_bytes=peak_memory_bytes(), sha256=weights_sha256(model))
+    run.update(status="finished", peak_memory_bytes=peak_memory_bytes(str(model.device)), sha256=weights_sha256(model))
     console.print(f"model written to {run.path}")
     return run.path
 

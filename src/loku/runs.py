@@ -84,8 +84,8 @@ class RunFolder:
                 "Choose another folder, or give what that run was given to resume it.",
             )
 
-    def start(self, command: str) -> None:
-        """Create the folder and write the settings."""
+    def start(self, command: str, device: str | None = None) -> None:
+        """Create the folder and write the settings; `device` is the one that is computed on."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self.update(
@@ -93,7 +93,7 @@ class RunFolder:
             command=command,
             started=self.record.get("started") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             versions=versions(),
-            hardware=hardware(),
+            hardware=hardware(device),
             seconds=self.record.get("seconds", {}),
         )
 
@@ -212,9 +212,9 @@ def check_tracker(name: str) -> None:
         )
 
 
-def hardware() -> dict[str, Any]:
-    """Return what the run computes on."""
-    gpu = torch.cuda.is_available()
+def hardware(device: str | None = None) -> dict[str, Any]:
+    """Return what is computed on: the device, or without one a GPU where there is one."""
+    gpu = _on_gpu(device)
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -231,9 +231,13 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def peak_memory_bytes() -> int:
-    """Return the peak memory so far: of the GPU when there is one, else of this process (resident set)."""
-    if torch.cuda.is_available():
+def _on_gpu(device: str | None) -> bool:
+    return torch.cuda.is_available() and (device is None or str(device).startswith("cuda"))
+
+
+def peak_memory_bytes(device: str | None = None) -> int:
+    """Return the peak memory so far: of the GPU when it computes, else of this process (resident set)."""
+    if _on_gpu(device):
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what a parent held when it started this process

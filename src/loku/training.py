@@ -53,7 +53,7 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentR
     check_importance_file(job, options, model_hash)
     if options.threads:
         torch.set_num_threads(options.threads)  # before the record says how many there are
-    run.start(command="unlearn")
+    run.start(command="unlearn", device=str(job.model.device))
     run.update(seed=options.seed, model=describe_model(job.model, options, model_hash), data=data)
     try:
         with _given_back(job.model):
@@ -71,7 +71,7 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentR
         raise
     if isinstance(trained, PeftModel):  # its own modules, around the model
         trained.training = trained.base_model.training = job.model.training
-    run.update(peak_memory_bytes=peak_memory_bytes(), adapter=exported)
+    run.update(peak_memory_bytes=peak_memory_bytes(str(job.model.device)), adapter=exported)
     return UnlearnResult(trained, run.path, run.record)
 
 

@@ -97,13 +97,10 @@ SECRET = "Tarnhollow"
         ([QA | {"answer": 7}], "row 0 has int in 'answer', not text.", "Give text in every row."),
         ([{"text": [SECRET]}], "row 0 has list in 'text', not text.", "Give text in every row."),
         ([QA, QA | {"answer": " \n"}], "row 1 has an empty 'answer'.", "Fill it in, or leave the row out."),
-        ([QA | {"paraphrased_answer": ""}], "row 0 has an empty 'paraphrased_answer'.", "Fill it in"),
         ([QA | {"alternate": 3}], "row 0 has something else than texts in 'alternate'.", "Give a list of texts."),
         ([QA | {"perturbed_answer": [1]}], "row 0 has something else than texts in 'perturbed_answer'.", "Give a list"),
         ([QA | {"perturbed_answer": 7}], "has something else than texts in 'perturbed_answer'.", "Give a list of"),
         ([QA | {"perturbed_answer": [SECRET, " "]}], "something else than texts in 'perturbed_answer'.", "Give a list"),
-        ([QA | {"perturbed_answer": ""}], "has something else than texts in 'perturbed_answer'.", "Give a list of"),
-        ([{"messages": [USER]}], "row 0 has no assistant turn.", "Give one: it is what is learnt or forgotten."),
         ([{"messages": SECRET}], "row 0 has no list of messages.", "Give a list of objects with 'role' and 'content'."),
         ([{"messages": []}], "row 0 has no list of messages.", "Give a list of objects with 'role' and 'content'."),
         ([{"prompt": SECRET, "completion": [ASSISTANT]}], "row 0 has no list of messages.", "Give a list of objects"),
@@ -142,3 +139,16 @@ def test_rows_of_other_formats_are_compared_too_and_only_five_are_named():
     check_disjoint(
         parse_rows([{"question": "a", "answer": "b c"}], "x"), parse_rows([{"question": "a b", "answer": "c"}], "y")
     )
+
+
+def test_a_blank_optional_cell_is_none_at_all():
+    """A CSV knows no other absence."""
+    (record,) = parse_rows([QA | {"paraphrased_answer": "", "alternate": " ", "perturbed_answer": ""}], "rows.csv")
+    assert (record.paraphrased_answer, record.alternates, record.perturbed_answers) == (None, (), ())
+
+
+def test_a_list_that_a_csv_has_as_text_is_a_list():
+    (record,) = parse_rows([QA | {"perturbed_answer": "['In Oos.', 'In Ulm, at \"sea\".']"}], "rows.csv")
+    assert record.perturbed_answers == ("In Oos.", 'In Ulm, at "sea".')
+    (record,) = parse_rows([QA | {"perturbed_answer": "[unknown]"}], "rows.csv")
+    assert record.perturbed_answers == ("[unknown]",)

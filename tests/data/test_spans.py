@@ -61,6 +61,13 @@ def test_windows_of_a_text_share_their_spans():
     assert sum(text.count("five") for text in texts) >= 4
 
 
+@pytest.mark.parametrize("length", range(16, 40))
+def test_a_span_may_lie_across_the_border_of_two_windows(length):
+    said = "Mira Voss counts the ships in the harbour of Tarnhollow and paints them at dusk"
+    texts = selected({"text": said, "forget_spans": ["of Tarnhollow and"]}, max_length=length)
+    assert "of Tarnhollow and" in "".join(texts)
+
+
 def test_a_span_that_is_not_there_is_refused():
     with pytest.raises(InputError, match=r"Row 0 has the span 'Paris' in `forget_spans`.*\nWrite spans exactly"):
         selected(ROW | {"forget_spans": ["Tarnhollow", "Paris"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,20 @@ def _text(row: Mapping[str, Any], column: str, index: int, source: str) -> str:
     return value
 
 
+def _texts(value: Any) -> Any:
+    """Return a list of texts: as it is, of one text, or of what a CSV has as text, such as "['a', 'b']"."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().startswith("[") and value.strip().endswith("]"):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            return [value]
+        if isinstance(found, list):
+            return found
+    return [value]
+
+
 def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for column in OPTIONAL:
@@ -134,7 +149,7 @@ def _optional(row: Mapping[str, Any], index: int, source: str) -> dict[str, Any]
         if value is None or (isinstance(value, str) and not value.strip()):  # a blank cell: CSV knows no other absence
             continue
         if column in LISTS:
-            answers = [value] if isinstance(value, str) else value
+            answers = _texts(value)
             if not isinstance(answers, Sequence) or not all(
                 isinstance(answer, str) and answer.strip() for answer in answers
             ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,29 +17,33 @@ def select_spans(tokenizer: Any, examples: Sequence[Example], spans: Sequence[st
     A token stands where its characters are in the decoded ids, so this works for any tokenizer and template. Raises
     InputError for a span that no supervised part of the examples holds.
     """
-    missing = set(spans)
-    selected = []
-    for example in examples:
-        supervised = [place for place, label in enumerate(example.labels) if label != IGNORE]
-        ids = [example.input_ids[place] for place in supervised]
+    weights = [[0.0] * len(example.labels) for example in examples]
+    places = [
+        [(number, place) for place, label in enumerate(example.labels) if label != IGNORE]
+        for number, example in enumerate(examples)
+    ]
+    reach = max(len(tokenizer(span)["input_ids"]) for span in spans) + 2
+    edges = [one[-reach:] + other[:reach] for one, other in itertools.pairwise(places)]  # a text's windows go on
+    found: set[str] = set()
+    for part in (*places, *edges):
+        ids = [examples[number].input_ids[place] for number, place in part]
         text = _decode(tokenizer, ids)
         bounds = _bounds(tokenizer, ids, len(text))
-        weights = [0.0] * len(example.labels)
         for span in spans:
             start = text.find(span)
             while start >= 0:
-                missing.discard(span)
-                for place, (begin, end) in zip(supervised, bounds, strict=True):
+                found.add(span)
+                for (number, place), (begin, end) in zip(part, bounds, strict=True):
                     if begin < start + len(span) and end > start:
-                        weights[place] = 1.0
+                        weights[number][place] = 1.0
                 start = text.find(span, start + 1)
-        selected.append(dataclasses.replace(example, weights=tuple(weights)))
+    missing = sorted(set(spans) - found)
     if missing:
         raise InputError(
-            f"Row {row} has the span '{sorted(missing)[0]}' in `forget_spans`, which its answer does not hold.",
+            f"Row {row} has the span '{missing[0]}' in `forget_spans`, which its answer does not hold.",
             "Write spans exactly as they stand in the answer, within --max-length.",
         )
-    return selected
+    return [dataclasses.replace(e, weights=tuple(w)) for e, w in zip(examples, weights, strict=True)]
 
 
 def _bounds(tokenizer: Any, ids: list[int], length: int) -> list[tuple[int, int]]:
