@@ -101,6 +101,7 @@ SECRET = "Tarnhollow"
         ([QA | {"perturbed_answer": [1]}], "row 0 has something else than texts in 'perturbed_answer'.", "Give a list"),
         ([QA | {"perturbed_answer": 7}], "has something else than texts in 'perturbed_answer'.", "Give a list of"),
         ([QA | {"perturbed_answer": [SECRET, " "]}], "something else than texts in 'perturbed_answer'.", "Give a list"),
+        ([{"messages": [USER]}], "row 0 has no assistant turn.", "Give one: it is what is learnt or forgotten."),
         ([{"messages": SECRET}], "row 0 has no list of messages.", "Give a list of objects with 'role' and 'content'."),
         ([{"messages": []}], "row 0 has no list of messages.", "Give a list of objects with 'role' and 'content'."),
         ([{"prompt": SECRET, "completion": [ASSISTANT]}], "row 0 has no list of messages.", "Give a list of objects"),
