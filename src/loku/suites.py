@@ -222,7 +222,8 @@ def _check_muse_reference(reference: Results, options: EvaluateOptions, data: Ma
     if reference.suite != "muse" or corpus != options.corpus:
         what = f"of suite '{reference.suite}'" if reference.suite != "muse" else f"of the corpus {corpus}"
         raise InputError(
-            f"--reference '{options.reference}' is {what}.", "Give the retain-only model's results.json of this suite."
+            f"--reference '{options.reference}' is {what}.",
+            "Give the retain-only model's results.json of suite muse and this corpus.",
         )
     other = [
         name
