@@ -201,6 +201,18 @@ def test_settings_that_cannot_be_used_are_refused():
             relearn(tiny_model(), byte_level_tokenizer(), **given, **{name: 0})
 
 
+def test_an_explosion_while_training_is_said_and_leaves_no_trace():
+    model = tiny_model()
+    before = state(model)
+    learn, rest = split_forget(records(4))
+    with pytest.raises(DivergenceError, match="Relearning blew up|is not finite"):
+        relearn(
+            model, byte_level_tokenizer(), learn=learn, probe={"rest": rest}, steps=4, every=4, tune="full",
+            learning_rate=1e30, max_new_tokens=2,
+        )  # fmt: skip
+    assert same(before, state(model))
+
+
 def test_an_explosion_is_said_and_leaves_no_trace():
     model = tiny_model()
     with torch.no_grad():
