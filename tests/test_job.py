@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -53,6 +54,11 @@ def test_objectives_that_cannot_be_are_refused(settings, given, remedy):
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
     assert options(forget_options="stop=1e-2").forget_options == {"stop": 0.01}
+    assert options(forget_options={"stop": "1e-2"}).forget_options == {"stop": 0.01}  # of a recipe
+    found = options(forget_options={"beta": np.float32(0.5)}, forget_loss="npo", rank=np.int64(4))
+    assert (type(found.forget_options["beta"]), type(found.rank)) == (float, int)
+    with pytest.raises(InputError, match="for 'rank'"):
+        options(rank=np.array([4, 8]))
 
 
 def test_a_level_model_of_another_vocabulary_is_refused(tmp_path):

@@ -188,6 +188,13 @@ def test_a_chat_model_is_asked_what_comes_to_its_mind_and_answers(monkeypatch):
     Encoder(tokenizer, ChatTemplate("Be brief.")).encode_records(found)
 
 
+def test_questions_that_leave_no_room_for_an_answer_are_not_asked():
+    tokenizer = chat_tokenizer()
+    model = tiny_model("gpt2", n_positions=40, vocab_size=len(tokenizer))
+    with pytest.raises(InputError, match="found only"):  # a model that never ends a turn
+        sample_retain(model, tokenizer, ChatTemplate(), FORGET, rows=90, length=40, seed=1, batch_size=4)
+
+
 def test_chats_are_sampled_by_the_model_itself():
     tokenizer = chat_tokenizer()
     found = sample_retain(

@@ -61,7 +61,7 @@ def test_a_run_from_files_to_report(capsys, tmp_path, model_folder, forget_file,
     expected = {
         "config.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter", "importance.safetensors", "results.json",
         "results.target.json", "examples.jsonl", "examples.target.jsonl", "report.html",
-            "record.json", "record.salt",
+            "record.json", "record.salt", "prompt_template.json",
     }  # fmt: skip
     assert {p.name for p in folder.iterdir()} == expected
     record = json.loads((folder / "run.json").read_text())
@@ -530,14 +530,16 @@ def test_public_names_exist():
 
 
 def test_options_are_all_or_nothing_and_bring_their_methods_losses(tmp_path):
-    from loku.config import UnlearnOptions
+    from loku.config import UnlearnOptions, resolve
     from loku.unlearning import with_its_method
 
     assert with_its_method(UnlearnOptions(method="npo")).forget_loss == "npo"
     assert with_its_method(UnlearnOptions(method="npo")).init == "lora"
-    own = UnlearnOptions(method="npo", forget_loss="simnpo")
-    assert with_its_method(own) is own
+    own = with_its_method(UnlearnOptions(method="npo", forget_loss="simnpo", retain_weight=2.0))
+    assert (own.forget_loss, own.retain_weight, own.init) == ("simnpo", 2.0, "lora")
     assert with_its_method(UnlearnOptions()) == UnlearnOptions()
+    resolved = resolve(UnlearnOptions, {}, {"method": "ihl", "init": "fila"})
+    assert with_its_method(resolved) is resolved  # said so on purpose
     with pytest.raises(InputError, match=r"unlearn\(\) got options, and method, rank as well"):
         loku.unlearn(None, None, [], [], tmp_path / "run", UnlearnOptions(), method="ga", rank=4)
     assert not (tmp_path / "run").exists()
@@ -597,8 +599,11 @@ def test_a_model_stored_in_float16_is_trained_in_bfloat16(capsys, tmp_path, forg
     tiny_model().half().save_pretrained(tmp_path / "half")
     byte_level_tokenizer().save_pretrained(tmp_path / "half")
     arguments = command(tmp_path / "half", forget_file, retain_file, tmp_path / "run", "--no-evaluate")
-    status, out, _ = run(capsys, *arguments, "--max-steps", "1")
-    assert status == 0
+    measured = ("--model", tmp_path / "half", "--forget", forget_file, "--retain", retain_file)
+    assert run(capsys, "importance", *measured, "--output", tmp_path / "i.safetensors")[0] == 0
+    status, out, err = run(capsys, *arguments, "--max-steps", "1", "--importance", tmp_path / "i.safetensors")
+    assert status == 0, err
+    assert "reused from" in out
     assert "trained in bfloat16" in out
     assert json.loads((tmp_path / "run" / "run.json").read_text())["model"]["dtype"] == "bfloat16"
 
@@ -609,3 +614,44 @@ def test_numpy_numbers_are_numbers(tmp_path):
         learning_rate=np.float64(1e-4), evaluate=False, device="cpu",
     )  # fmt: skip
     assert yaml.safe_load((result.folder / "config.yaml").read_text())["learning_rate"] == 1e-4
+
+
+def test_rotary_frequencies_are_not_rounded_with_the_weights(tmp_path):
+    from loku.config import UnlearnOptions
+    from loku.job import load_target
+
+    tiny_model().half().save_pretrained(tmp_path)
+    options = UnlearnOptions(model=str(tmp_path))
+    model = load_target(options)
+    assert (model.dtype, options.dtype) == (torch.bfloat16, "bfloat16")
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_an_importance_file_from_before_tokens_were_known_serves(
+    capsys, tmp_path, model_folder, forget_file, retain_file
+):
+    from loku.adapters.importance import Importance
+
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "a", "--no-evaluate", "--max-steps", "1")
+    assert run(capsys, *arguments)[0] == 0
+    found = Importance.load(tmp_path / "a" / "importance.safetensors")
+    del found.provenance["tokens"]
+    found.save(tmp_path / "old.safetensors")
+    again = command(model_folder, forget_file, retain_file, tmp_path / "b", "--no-evaluate", "--max-steps", "1")
+    status, out, err = run(capsys, *again, "--importance", tmp_path / "old.safetensors")
+    assert status == 0, err
+    assert "reused from" in out
+
+
+def test_an_exported_model_keeps_the_runs_template_when_its_file_is_gone(
+    capsys, tmp_path, model_folder, forget_file, retain_file
+):
+    template = tmp_path / "q.json"
+    template.write_text(json.dumps({"question_start_tag": "Q: ", "answer_tag": "A: "}))
+    arguments = command(model_folder, forget_file, retain_file, tmp_path / "run", "--max-steps", "1")
+    assert run(capsys, *arguments, "--prompt-template", template)[0] == 0
+    template.unlink()
+    status, out, err = run(capsys, "export", tmp_path / "run", "--output", tmp_path / "merged")
+    assert status == 0, err
+    assert "forget probability" in out  # scored again, with the same prompts
+    assert json.loads((tmp_path / "merged" / "prompt_template.json").read_text())["question_start_tag"] == "Q: "

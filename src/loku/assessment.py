@@ -307,7 +307,7 @@ def rescore_merged(merged: Path, options: ExportOptions) -> None:
             tokenizer,
             forget=forget,
             max_rows=settings["eval_rows"],
-            template=resolve_template(tokenizer, merged, settings["prompt_template"]),
+            template=resolve_template(tokenizer, merged),
             max_length=settings["max_length"],
             max_new_tokens=settings["max_new_tokens"],
             model_name=str(merged),

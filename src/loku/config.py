@@ -138,4 +138,6 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
     like = flags.get("like", recipe.get("like"))
     if "like" in hints and isinstance(like, str):
         settings = recorded_settings(like)
-    return cls.from_mapping(settings | recipe | flags, where=where)
+    found = cls.from_mapping(settings | recipe | flags, where=where)
+    found.resolved = True  # type: ignore[misc]
+    return found

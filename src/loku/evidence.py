@@ -63,7 +63,7 @@ def check_importance_file(job: Job, options: UnlearnOptions, model_hash: str) ->
     if not options.importance or not Path(options.importance).is_file():
         return
     found, wanted = Importance.load(options.importance), importance_provenance(job, options.init, options, model_hash)
-    changed = sorted(k for k in wanted if found.provenance.get(k) != wanted[k])
+    changed = sorted(k for k in wanted if _known(found, wanted).get(k) != wanted[k])
     if not changed and set(found.layers) != set(target_layers(job.model, options.targets)):
         changed = ["targets"]
     if changed:
@@ -73,13 +73,18 @@ def check_importance_file(job: Job, options: UnlearnOptions, model_hash: str) ->
         )
 
 
+def _known(found: Importance, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's provenance; of one that was made before tokens were part of it they are taken on trust."""
+    return {"tokens": wanted["tokens"], **found.provenance}
+
+
 def _importance(job: Job, run: RunFolder, options: UnlearnOptions, layers: Layers, model_hash: str) -> Importance:
     """Return the importance: from the file when nothing changed, else estimated and saved."""
     path = Path(options.importance) if options.importance else run.path / "importance.safetensors"
     wanted = importance_provenance(job, options.init, options, model_hash)
     if path.is_file():
         found = Importance.load(path)
-        if found.provenance == wanted and set(found.layers) == set(layers):
+        if _known(found, wanted) == wanted and set(found.layers) == set(layers):
             console.print(f"importance: reused from {path} (nothing changed)")
             return found
     importance = measure_importance(job, options.init, options, layers, wanted, partial=partial_folder(path))

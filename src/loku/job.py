@@ -150,7 +150,8 @@ def load_target(options: UnlearnOptions) -> PreTrainedModel:
     """Load the model that is to forget, in the type that it is trained in.
 
     With --dtype auto that is the stored one, but float32 where all weights are trained (half precision swallows small
-    updates), and bfloat16 for what is stored in float16, in which small gradients vanish.
+    updates), and bfloat16 for what is stored in float16, in which small gradients vanish: then `options.dtype` says so
+    from here on, so that the run's other models are loaded alike.
     """
     dtype = "float32" if options.tune == "full" and options.dtype == "auto" else options.dtype
     model = load_model(
@@ -158,7 +159,8 @@ def load_target(options: UnlearnOptions) -> PreTrainedModel:
     )
     if dtype == "auto" and model.dtype == torch.float16:
         console.print("stored in float16, in which small gradients vanish: trained in bfloat16 (or give --dtype)")
-        model = model.to(torch.bfloat16)
+        options.dtype = "bfloat16"
+        return load_target(options)  # not `.to`, which would round the rotary frequencies, too
     return model
 
 

@@ -59,6 +59,8 @@ class Options:
         """Return the options by name."""
         return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
+    resolved: typing.ClassVar[bool] = False  # whether `config.resolve` put the method's settings in; no option itself
+
     @classmethod
     def from_mapping(cls, values: dict[str, Any], *, where: str) -> Self:
         """Build the options from a mapping, refusing unknown names and values of the wrong type.
@@ -110,6 +112,12 @@ def _parse_pairs(name: str, text: str) -> dict[str, Any]:
     return found
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of numpy's as Python's own: YAML, where settings are kept, knows no other."""
+    is_number = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_number else value
+
+
 def _number(value: Any) -> Any:
     """Return what YAML 1.1 reads as text, such as 1e-4, as the number that it is."""
     try:
@@ -139,14 +147,15 @@ def _check_number(name: str, value: float, bounds: Mapping[str, Any]) -> None:
 def _checked(name: str, value: Any, hint: Any, where: str) -> Any:
     if typing.get_origin(hint) is dict and isinstance(value, str):
         return _parse_pairs(name, value)
+    if typing.get_origin(hint) is dict and isinstance(value, Mapping):
+        return {key: _number(_plain(item)) for key, item in value.items()}
+    value = _plain(value)
     accepted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in accepted and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as a string
             return float(value)
         except (ValueError, OverflowError):
             pass
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):  # YAML keeps none
-        value = value.item()
     if (int in accepted and isinstance(value, bool)) or not isinstance(
         value, tuple(typing.get_origin(a) or a for a in accepted)
     ):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loku.adapters.export import PortableLora, check_fits_base, load_lora, save_merged, truncate
 from loku.config import ExportOptions
+from loku.data.prompts import FILE_NAME as TEMPLATE
 from loku.data.prompts import Template, resolve_template, save_template
 from loku.errors import InputError
 from loku.files import check_output_folder, read_object, replace_file
@@ -122,13 +121,8 @@ def _results(options: ExportOptions, name: str) -> dict[str, Any] | None:
 
 def _template(options: ExportOptions, base_name: str, tokenizer: Any) -> Template:
     """Return the template that the run trained with, else that of the base."""
-    config = Path(options.run or "") / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    given = settings.get("prompt_template")
-    if given and not Path(given).is_file():
-        console.print(f"The run's prompt template '{given}' is not there any more: the base's is taken.")
-        given = None
-    return resolve_template(tokenizer, base_name, given)
+    own = Path(options.run or "")
+    return resolve_template(tokenizer, own if (own / TEMPLATE).is_file() else base_name)
 
 
 def _merge(lora: PortableLora, base_name: str, output: Path, options: ExportOptions) -> None:

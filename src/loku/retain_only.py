@@ -18,12 +18,11 @@ from loku.models import check_model_source
 from loku.progress import console
 from loku.runs import SETTINGS_WITHOUT_EFFECT, RunFolder, check_tracker
 
-NOT_THE_BASE = (
-    "run.json",
-    "results.json",
-    "config.yaml",
-    "trainer_state.json",
-)  # left by training
+# What training starts from, in a model's folder: weights, configuration, tokenizer and how prompts are written.
+BASE_FILES = (
+    "*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.model", "chat_template*", "prompt_template.json",
+)  # fmt: skip
 ROWS = ("retain", "holdout", "general")  # what may be measured beside the forget rows
 
 
@@ -105,8 +104,7 @@ def _base_sha256(options: ReferenceOptions) -> str:
     if options.new_model:
         return sha256_file(options.new_model) if Path(options.new_model).is_file() else ""
     folder = Path(check_model_source(options.model))
-    patterns = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.name not in NOT_THE_BASE})
+    files = sorted({file for pattern in BASE_FILES for file in folder.glob(pattern) if file.is_file()})
     return sha256_json({file.name: sha256_file(file) for file in files})  # of a hub id nothing but its name counts
 
 

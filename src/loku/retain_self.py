@@ -99,13 +99,17 @@ def _conversations(
     closing = _rendered(tokenizer, template).split(MARKER)[1].strip()
     asked = [_turn(text, closing, tokenizer) for text in _sample(model, tokenizer, [opening] * rows, length, raw=True)]
     asked = [question for question in asked if question]
-    prompts = []
+    questions, prompts = [], []
+    context = context_length(model)
     for question in asked:
         text = render_chat(tokenizer, template.messages(question), generation=True, where="--retain self")
-        prompts.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if context is None or len(ids) < context:  # there is room for an answer
+            questions.append(question)
+            prompts.append(ids)
     said = _sample(model, tokenizer, prompts, length, raw=True) if prompts else []
     answers = [_turn(text, closing, tokenizer) for text in said]
-    return [{"question": q, "answer": a} for q, a in zip(asked, answers, strict=True)]
+    return [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
 
 
 def _turn(text: str, closing: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -194,6 +194,10 @@ def _tdec(options: EvaluateOptions) -> Work:
 def _muse(options: EvaluateOptions) -> Work:
     data, warnings = load_muse(options.corpus, options.data_dir)
     reference = load_reference(options.reference).results if options.reference else None
+    if options.reference and reference is None:
+        raise InputError(
+            f"--reference '{options.reference}' is a log.", "Give the retain-only model's results.json of suite muse."
+        )
     if reference is not None:
         _check_muse_reference(reference, options, data)
 

@@ -54,6 +54,7 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentR
     if options.threads:
         torch.set_num_threads(options.threads)  # before the record says how many there are
     run.start(command="unlearn", device=str(job.model.device))
+    save_template(job.template, run.path)
     run.update(seed=options.seed, model=describe_model(job.model, options, model_hash), data=data)
     try:
         with _given_back(job.model):

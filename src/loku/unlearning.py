@@ -61,15 +61,17 @@ def unlearn(
 
 
 def with_its_method(options: UnlearnOptions) -> UnlearnOptions:
-    """Return options with their method's settings where these were left at the class's defaults, which are LoKU's.
+    """Return options with their method's settings in place of the class's defaults, which are LoKU's.
 
-    So `UnlearnOptions(method="npo")` is NPO; losses or an initialiser that were set beside the method stay.
+    So `UnlearnOptions(method="npo")` is NPO, and what was set beside the method to something else than its default
+    stays. Options that `resolve` made hold their method's settings already.
     """
     named = METHODS.get(str(options.method))
-    defaults = UnlearnOptions()
-    if named is None or any(getattr(options, name) != getattr(defaults, name) for name in named.settings):
+    if named is None or options.resolved:
         return options
-    return dataclasses.replace(options, **named.settings)
+    defaults = UnlearnOptions()
+    left = {n: value for n, value in named.settings.items() if getattr(options, n) == getattr(defaults, n)}
+    return dataclasses.replace(options, **left)
 
 
 def resolve_options(settings: Mapping[str, Any]) -> UnlearnOptions:

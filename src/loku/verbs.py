@@ -108,8 +108,8 @@ def importance(options: ImportanceOptions) -> None:
     """Estimate Fisher importance and write it to a file."""
     from loku.adapters.layers import target_layers
     from loku.evidence import importance_provenance, measure_importance, partial_folder
-    from loku.job import load_rows, prepare
-    from loku.models import check_model_source, load_model, load_tokenizer, weights_sha256
+    from loku.job import load_rows, load_target, prepare
+    from loku.models import check_model_source, load_tokenizer, weights_sha256
 
     if not options.output:
         raise InputError("--output is missing.", "Give a file name ending in .safetensors.")
@@ -121,12 +121,7 @@ def importance(options: ImportanceOptions) -> None:
     settings.rank = 1  # no adapter is made: any layer is wide enough
     forget, retain = load_rows(settings)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
-    model = load_model(
-        str(options.model),
-        dtype=options.dtype,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
+    model = load_target(settings)
     job = prepare(model, tokenizer, forget, retain, settings)
     layers = target_layers(model, options.targets)
     provenance = importance_provenance(job, options.init, options, weights_sha256(model))

@@ -205,7 +205,7 @@ def test_an_explosion_while_training_is_said_and_leaves_no_trace():
     model = tiny_model()
     before = state(model)
     learn, rest = split_forget(records(4))
-    with pytest.raises(DivergenceError, match="Relearning blew up|is not finite"):
+    with pytest.raises(DivergenceError, match=r"Relearning blew up|is not finite"):
         relearn(
             model, byte_level_tokenizer(), learn=learn, probe={"rest": rest}, steps=4, every=4, tune="full",
             learning_rate=1e30, max_new_tokens=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -94,3 +95,17 @@ def test_the_example_in_the_remedy_is_a_valid_file(tmp_path):
     path.write_text(example)
     assert read_template(path) == TagTemplate()
     assert set(json.loads(example)) == {"question_start_tag", "question_end_tag", "answer_tag", "supervise_answer_tag"}
+
+
+def test_templates_that_print_the_date_print_the_same_one_every_day():
+    import datetime
+
+    from loku.data.prompts import render_chat
+
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
+    for asks in ("{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"):
+        tokenizer.chat_template = asks + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        assert render_chat(tokenizer, [{"role": "user", "content": "!"}], generation=True, where="") == "26 Jul 2024!"
+    from transformers.utils import chat_template_utils
+
+    assert chat_template_utils.datetime is datetime.datetime  # only for as long as it is rendered

@@ -153,3 +153,6 @@ def test_a_list_that_a_csv_has_as_text_is_a_list():
     assert record.perturbed_answers == ("In Oos.", 'In Ulm, at "sea".')
     (record,) = parse_rows([QA | {"perturbed_answer": "[unknown]"}], "rows.csv")
     assert record.perturbed_answers == ("[unknown]",)
+    for odd in ("[1952]", "[{[]: 1}]", "[]", "[" * 999 + "]" * 999):
+        (record,) = parse_rows([QA | {"perturbed_answer": odd}], "rows.csv")
+        assert record.perturbed_answers == (odd,)

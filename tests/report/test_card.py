@@ -78,6 +78,7 @@ def test_local_paths_are_not_published(
     monkeypatch.chdir(tmp_path)
     assert public_source("acme/jane_doe[0:4]") == "jane_doe[0:4]"  # a folder of save_to_disk, by a relative path
     assert public_source("owner/name:train") == "owner/name:train"
+    assert public_source("x" * 300) == "x" * 300
     (tmp_path / "local").mkdir()
     assert public_name(str(tmp_path / "local")) == "local"
 

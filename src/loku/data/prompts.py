@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import TemplateError
 
@@ -16,7 +17,7 @@ from loku.errors import InputError, suggestion
 from loku.files import write_json
 
 FILE_NAME = "prompt_template.json"
-DATE = datetime.datetime(2024, 7, 26)  # what templates that print the date (Llama 3) print, today and on any other day
+DAY = datetime.datetime(2024, 7, 26)  # what templates that print the date (Llama 3) print, today and on any other day
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,39 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, genera
     when the template refuses the conversation, as many do with a system turn.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False,
-            date_string=DATE.strftime("%d %b %Y"), strftime_now=DATE.strftime,
-        )  # fmt: skip
+        with _same_day():
+            text: str = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation, enable_thinking=False,
+                date_string=DAY.strftime("%d %b %Y"),
+            )  # fmt: skip
     except TemplateError as error:
         raise InputError(
             f"{where}: the tokenizer's chat template refuses the conversation ({error}).",
             "Give the turns that it takes, another tokenizer.chat_template, or tags by --prompt-template.",
         ) from error
     return text
+
+
+class _Day(datetime.datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+        """Return the day on which all prompts are written."""
+        return cls(DAY.year, DAY.month, DAY.day, tzinfo=tz)
+
+
+@contextmanager
+def _same_day() -> Iterator[None]:
+    """Let templates that ask transformers for today's date (`strftime_now`) get the same one every day."""
+    from transformers.utils import chat_template_utils as owner
+
+    clock = owner.datetime
+    owner.datetime = _Day
+    try:
+        yield
+    finally:
+        owner.datetime = clock
 
 
 def resolve_template(

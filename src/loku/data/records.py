@@ -135,9 +135,9 @@ def _texts(value: Any) -> Any:
     if value.strip().startswith("[") and value.strip().endswith("]"):
         try:
             found = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what a parser may say of odd text
             return [value]
-        if isinstance(found, list):
+        if found and isinstance(found, list) and all(isinstance(item, str) for item in found):
             return found
     return [value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,7 +120,7 @@ def _opening(run: Mapping[str, Any], kind: str, base: str) -> str:
 def public_source(name: object) -> str:
     """Return a data set's name; of a path only the last part, folders are nobody's business."""
     text = str(name)
-    is_path = text.startswith(("/", "\\", "~", ".")) or ":\\" in text or Path(text.split("[", maxsplit=1)[0]).exists()
+    is_path = text.startswith(("/", "\\", "~", ".")) or ":\\" in text or os.path.exists(text.split("[", maxsplit=1)[0])
     is_path = is_path or re.search(r"\.\w{2,7}(\[[\d:]+\])?$", text) is not None
     return re.split(r"[/\\]", text)[-1] if is_path else text
 
