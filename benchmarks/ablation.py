@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -137,6 +138,11 @@ def paired(name: str, method: str, base: str = "lora", taken: Figure = steps) ->
     return "\n".join(lines)
 
 
+def paired_near(name: str, method: str, base: str) -> str:
+    """Return the table of `paired` by the steps to near the level."""
+    return paired(name, method, base, steps_near(levels_of(name)))
+
+
 def _ratio(logs: Sequence[float]) -> str:
     if not logs:
         return "-"
@@ -183,24 +189,21 @@ FICTION, TOFU, FIFTY = "initialisers-fiction", "initialisers-tofu-10", "initiali
 PLACES = {"fiction": FICTION, "tofu": TOFU, "fifty": FIFTY}
 METHODS = ("ihl", "graddiff")
 BLOCKS: dict[str, Callable[[], str]] = {
-    f"{place}_{method}_{what}": lambda name=name, method=method, read=read, digits=digits: grid(  # type: ignore[misc]
-        name, method, read, digits
-    )
-    for place, name in PLACES.items()
+    f"{place}_{method}_{what}": partial(grid, PLACES[place], method, read, digits)
+    for place in ("fiction", "tofu")
     for method in METHODS
     for what, read, digits in (
         ("steps", steps, 0),
         ("utility", figure("model_utility"), 3),
         ("rest", rest, 2),
     )
-    if name != FIFTY
 }
-BLOCKS |= {f"fifty_{method}": lambda method=method: at_one_rank(FIFTY, method) for method in METHODS}  # type: ignore[misc]
-for _place, _name in PLACES.items():
-    BLOCKS[f"{_place}_baselines"] = lambda name=_name: baselines(name)  # type: ignore[misc]
-    for _method in METHODS:
-        for _what, _base in (("paired", "lora"), ("over_pissa", "pissa")):
-            BLOCKS[f"{_place}_{_method}_{_what}"] = lambda name=_name, method=_method, base=_base: paired(  # type: ignore[misc]
-                name, method, base, steps_near(levels_of(name)) if name == FIFTY else steps
-            )
-BLOCKS |= {f"{place}_eps": lambda name=PLACES[place]: eps(name) for place in ("fiction", "tofu")}  # type: ignore[misc]
+BLOCKS |= {f"fifty_{method}": partial(at_one_rank, FIFTY, method) for method in METHODS}
+BLOCKS |= {f"{place}_baselines": partial(baselines, name) for place, name in PLACES.items()}
+BLOCKS |= {f"{place}_eps": partial(eps, PLACES[place]) for place in ("fiction", "tofu")}
+BLOCKS |= {
+    f"{place}_{method}_{what}": partial(paired_near if name == FIFTY else paired, name, method, base)
+    for place, name in PLACES.items()
+    for method in METHODS
+    for what, base in (("paired", "lora"), ("over_pissa", "pissa"))
+}

@@ -139,5 +139,5 @@ def resolve(cls: type[Options], recipe: dict[str, Any], flags: dict[str, Any], *
     if "like" in hints and isinstance(like, str):
         settings = recorded_settings(like)
     found = cls.from_mapping(settings | recipe | flags, where=where)
-    found.resolved = True  # type: ignore[misc]
+    found.resolved = True
     return found

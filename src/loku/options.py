@@ -59,7 +59,7 @@ class Options:
         """Return the options by name."""
         return {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
-    resolved: typing.ClassVar[bool] = False  # whether `config.resolve` put the method's settings in; no option itself
+    resolved = False  # whether `config.resolve` put the method's settings in; without annotation it is no option itself
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], *, where: str) -> Self:

@@ -97,17 +97,16 @@ def test_the_token_that_ends_a_turn_is_no_part_of_the_answer():
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     asked = FORMS["prefix"](Asker(Encoder(tokenizer, ChatTemplate(None))), record())
-    assert asked.wanted == ("in the town of A0.",) or asked.wanted[0].endswith("A0.")
+    assert asked.wanted[0].endswith("A0.")
+    assert "end_turn" not in asked.wanted[0]
     assert judge(asked, "It was " + asked.wanted[0], [1])["found"] == 1
 
 
 def test_a_conversation_that_is_too_long_loses_examples_and_not_its_question():
     def shown(limit):
         ours = asker(chat=True)
-        return FORMS["few-shot"](dataclasses.replace(ours, encoder=dataclasses_encoder(ours.encoder, limit)), record())
-
-    def dataclasses_encoder(encoder, limit):
-        return Encoder(encoder.tokenizer, encoder.template, limit)
+        shorter = Encoder(ours.encoder.tokenizer, ours.encoder.template, limit)
+        return FORMS["few-shot"](dataclasses.replace(ours, encoder=shorter), record())
 
     two = shown(500)
     length = len(two.prompt)

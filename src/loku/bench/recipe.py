@@ -48,15 +48,15 @@ from typing import Any
 
 from loku.bench.attack_plan import AttackPlan, read_attack
 from loku.bench.extending import read_yaml
+from loku.bench.tuning_plan import Tuning, read_tuning
 from loku.bench.values import read_count, read_list, read_mapping, read_number, read_numbers, read_seeds
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.errors import InputError, suggestion
-from loku.files import read_object, sha256_json
+from loku.files import sha256_json
 from loku.methods import METHODS
 from loku.options import Options
 
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
-RULES = ("closest", "level")
 MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
 MEASURING = ("own", "tofu", "tdec", "muse", "lume")
 RELEARN: dict[str, Any] = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
@@ -77,21 +77,6 @@ class Arm:
     def slug(self) -> str:
         """A name for files."""
         return re.sub(r"[^a-z0-9.+-]+", "-", self.name.lower()).strip("-")
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The budget of every arm: grid points times seeds, and how a point is chosen.
-
-    Or, where nothing is tuned, the points that another benchmark chose, by arm, and the file that they are from.
-    """
-
-    seeds: tuple[int, ...] = ()
-    points: tuple[Mapping[str, Any], ...] = ({},)
-    choose: str = "closest"
-    at: Mapping[str, Any] = field(default_factory=dict)
-    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +178,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         if relearn is None
         else _relearn(read_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
         arms=arms,
-        tuning=_tuning(parts.get("tuning"), where, arms),
+        tuning=read_tuning(parts.get("tuning"), where, [arm.name for arm in arms]),
         seeds=read_seeds(parts["seeds"], f"{where}, seeds"),
         noise_floor=read_count(parts.get("noise_floor", 0), f"{where}, noise_floor"),
         seconds={
@@ -282,43 +267,6 @@ def _expand(item: dict[str, Any], where: str) -> list[Arm]:
             ) from None
         arms.append(Arm(label, options))
     return arms
-
-
-def _tuning(value: Any, where: str, arms: Sequence[Arm]) -> Tuning:
-    if value is None:
-        return Tuning()
-    parts = read_mapping(value, f"{where}, tuning", ("seeds", "grid", "choose", "at", "chosen"))
-    if "chosen" in parts:
-        return _chosen(parts, f"{where}, tuning", [arm.name for arm in arms])
-    grid = {
-        k: read_list(v, f"{where}, grid '{k}'")
-        for k, v in read_mapping(parts.get("grid", {}), f"{where}, grid").items()
-    }
-    rule = str(parts.get("choose", "closest"))
-    if rule not in RULES:
-        raise InputError(f"{where}, tuning chooses by '{rule}'.", suggestion(rule, RULES))
-    points = tuple(dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
-    seeds = read_seeds(parts.get("seeds"), f"{where}, tuning seeds")
-    return Tuning(seeds, points, rule, read_mapping(parts.get("at", {}), f"{where}, tuning at"))
-
-
-def _chosen(parts: Mapping[str, Any], where: str, arms: Sequence[str]) -> Tuning:
-    """Return the points of a chosen.json, each arm's by its name."""
-    if len(parts) > 1:
-        others = ", ".join(name for name in parts if name != "chosen")
-        raise InputError(
-            f"{where} has chosen, and {others} as well.", "Give one: in a recipe that extends another, replace: true."
-        )
-    path = str(parts["chosen"])
-    if not Path(path).is_file():
-        raise InputError(f"{where}: chosen '{path}' does not exist.", "Give a chosen.json that loku bench wrote.")
-    found = read_object(Path(path), "Give a chosen.json that loku bench wrote.").get("arms")
-    if not isinstance(found, Mapping) or not all(isinstance(arm, Mapping) and "point" in arm for arm in found.values()):
-        raise InputError(f"{where}: '{path}' holds no chosen points.", "Give a chosen.json that loku bench wrote.")
-    for arm in arms:
-        if arm not in found:
-            raise InputError(f"{where}: '{path}' has no arm '{arm}'.", suggestion(arm, map(str, found)))
-    return Tuning(chosen={arm: dict(found[arm]["point"]) for arm in arms}, source=path)
 
 
 def _check_stages(recipe: Recipe, where: str) -> None:

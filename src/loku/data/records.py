@@ -134,7 +134,7 @@ def _texts(value: Any) -> Any:
         return value
     if value.strip().startswith("[") and value.strip().endswith("]"):
         try:
-            found = ast.literal_eval(value.strip())
+            found = ast.literal_eval(value.strip())  # literals alone: nothing in it is run
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # what a parser may say of odd text
             return [value]
         if found and isinstance(found, list) and all(isinstance(item, str) for item in found):
