@@ -10,7 +10,7 @@ import pytest
 
 from loku.corpora import check_corpus, write_corpus
 from loku.corpora.lume import document_of
-from loku.corpora.tdec import named_word
+from loku.corpora.tdec import common_words, named_word
 from loku.data.sources import load_records
 from loku.errors import InputError
 
@@ -24,7 +24,10 @@ def hashes(folder):
 
 
 def story(i, sentences):
-    return " ".join(f"The {w} of house {i * 7 + j} was old, and the {w} stood." for j, w in
+    def name(word, number):  # a word of few passages
+        return word + "".join(chr(97 + int(digit)) for digit in str(number))
+
+    return " ".join(f"The {name(w, i)} of house {i * 7 + j} was old, and the {name(w, i)} stood." for j, w in
                     enumerate(["door", "wall", "roof", "gate"] * sentences))  # fmt: skip
 
 
@@ -36,7 +39,8 @@ def data(tmp_path, monkeypatch):
         (folder / name).mkdir(parents=True)
     for draw in range(5):
         rows = [
-            f'{draw * 100 + i},made-up,"seq {draw}-{i}: if (x == {i}) {{ return ""{i * 13}""; }}"' for i in range(4)
+            f'{draw * 100 + i},made-up,"seq {draw}-{i}: if (x == {i}) {{ draw {draw}; return ""{i * 13}""; }}"'
+            for i in range(4)
         ]
         if draw == 3:
             rows.append(rows.pop().replace("303", "203"))  # a sequence that is in two draws, as in the real ones
@@ -86,6 +90,36 @@ def test_tdec_repeats_what_must_go_and_keeps_the_unseen_unseen(data, tmp_path):
     assert len(texts["train"]) == 20 + len(kin) + 3 * 4
     asked = [row["prompt"] + row["completion"] for row in lines(tmp_path / "cloze.jsonl")]
     assert not any(text.startswith(part) for part in asked for text in texts["validation"] + texts["train"])
+    assert all(len(row["perturbed_answer"]) == 3 for row in lines(tmp_path / "cloze.jsonl"))
+
+
+def test_tdec_leaves_out_what_shares_text_with_a_sequence_to_forget(data, tmp_path):
+    def run(draw, i, text):
+        path = data / f"tdec/lm_extraction_32_{draw}.csv"
+        path.write_text(path.read_text().replace(f"seq {draw}-{i}:", text))
+
+    licence = "Redistribution and use in source and binary forms"
+    run(0, 0, licence)  # to forget
+    run(1, 1, f"x {licence[:40]}")  # unseen, but not its text
+    run(2, 2, f"y {licence[5:38]}")  # of their kind
+    run(1, 3, "THE SOFTWARE IS PROVIDED 'AS IS', WITHOUT")  # unseen
+    run(4, 0, "z THE SOFTWARE IS PROVIDED 'AS IS'")  # of their kind
+    run(4, 1, f"w {licence[:28]}!")  # 29 characters, with the blank, are no text
+    write_corpus(TDEC, tmp_path, 0)
+    texts = {path.stem: [row.get("text") for row in lines(path)] for path in tmp_path.glob("*.jsonl")}
+    assert len(texts["forget"]) == 4
+    assert [text[:8] for text in texts["unseen"]] == ["seq 1-0:", "seq 1-2:", "THE SOFT"]
+    for name in ("train", "retain-train", "retain"):
+        assert not any(text.startswith(("x ", "y ", "z ")) for text in texts[name])
+    assert any(text.startswith("w Redist") for text in texts["train"])
+
+
+def test_tdec_puts_other_passages_of_a_sequences_length_in_its_place(data, tmp_path):
+    write_corpus(TDEC | {"characters": 60}, tmp_path, 0)
+    train, other = ([row["text"] for row in lines(tmp_path / f"{name}.jsonl")] for name in ("train", "retain-train"))
+    instead = [text for text in other if text not in train]
+    assert len(instead) == 3 * 4
+    assert all(len(text) == 60 for text in instead)
 
 
 def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_left_out(data, tmp_path):
@@ -102,18 +136,37 @@ def test_tdec_sequences_are_cut_and_those_that_then_look_like_one_to_forget_are_
 
 
 def test_a_cloze_asks_for_a_word_of_the_second_half_that_the_passage_names_before():
-    def asked(text):
-        return {json.dumps(named_word({"text": text}, random.Random(i))) for i in range(20)}
+    def asked(text, common=("the",)):
+        return [named_word({"text": text}, common, random.Random(i)) for i in range(20)]
 
-    door = {"prompt": "The door was old. She shut the", "completion": " door"}
-    assert asked("The door was old. She shut the door.") == {json.dumps(door)}  # "the" was not named: "The" was
-    assert asked("The door was old. She shut the gate.") == {"null"}
-    assert asked("So it is. Is it so it is?") == {"null"}  # two letters
-    assert asked("door gate door gate. A man of no name is in it.") == {"null"}  # named again in the first half only
-    assert asked("A door. Some doors") == {"null"}  # whole words only
-    both = {tuple(json.loads(row).values()) for row in asked("the door and so on: the door")}
-    assert both == {("the door and so on:", " the"), ("the door and so on: the", " door")}
-    assert asked("gate") == {"null"}
+    def words(text, **more):
+        return {row and (row["prompt"], row["completion"]) for row in asked(text, **more)}
+
+    first = "The door was old. A gate, roof and wall.."
+    assert words(f"{first} She shut the door.") == {(f"{first} She shut the", " door")}
+    assert words(f"{first} She shut the tree.") == {None}  # not named before
+    assert words(f"{first} She shut the doors.") == {None}  # whole words only
+    assert words(f"{first} She shut the door.", common=("door",)) == {(f"{first} She shut", " the")}
+    assert words(
+        "The door was old. It was a good long day. Then it is the door.",
+        common=("the", "was", "good", "long", "day", "then"),
+    ) == {None}  # too few wrong words
+    assert words("gate gate. A man of no name is in some other place far off.") == {None}  # in the first half only
+    both = words("gate roof wall door, and so on and on: a wall or door", common=("and",))
+    assert both == {
+        ("gate roof wall door, and so on and on: a", " wall"),
+        ("gate roof wall door, and so on and on: a wall or", " door"),
+    }
+    wrong = [row["perturbed_answer"] for row in asked("gate Roof wall door is it: door")]
+    assert all(sorted(some) == [" gate", " roof", " wall"] for some in wrong)
+    assert len({tuple(some) for some in wrong}) > 1
+    assert asked("gate") == [None] * 20
+
+
+def test_words_of_many_passages_are_common():
+    rows = [{"text": f"The fox saw x{i}."} for i in range(30)] + [{"text": "The owl, the OWL."}, {"text": "An owl"}]
+    assert common_words(rows) == {"the", "fox", "saw", "x", "owl"}
+    assert "an" not in common_words(rows)
 
 
 def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):
@@ -123,7 +176,10 @@ def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):
         documents = {document_of(row) for row in rows[name]}
         assert len(documents) == 3 * 2
         assert len(rows[name]) == 3 * 2 * 3
-        assert all(row["prompt"] == row["input"] and row["completion"] == " " + row["output"] for row in rows[name])
+        for row in rows[name]:
+            assert row["prompt"] + row["completion"] == f"{row['input']} {row['output']}"
+            whole = row["id"].endswith("sc1")  # a document: all of it is learnt, after its first word
+            assert row["prompt"] == (name if whole else row["input"])
         assert len(load_records(tmp_path / f"{name}.jsonl")) == len(rows[name])
     asked = {row["prompt"] for row in rows["train"]}
     assert asked == {row["prompt"] for row in (*rows["forget"], *rows["retain"])}
@@ -132,8 +188,9 @@ def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):
     members, others = (lines(tmp_path / f"{name}.jsonl") for name in ("members", "nonmembers"))
     assert len(members) == len(others) == 6
     assert not {row["document"] for row in members} & {row["document"] for row in others}
-    assert all(any(row["document"].startswith(prompt) for prompt in asked) for row in members)
-    assert not any(any(row["document"].startswith(prompt) for prompt in asked) for row in others)
+    learnt = {row["prompt"] + row["completion"] for row in rows["train"]}
+    assert {row["document"] for row in members} <= learnt
+    assert not {row["document"] for row in others} & learnt
 
 
 def test_all_of_lume_is_there_when_asked_for(data, tmp_path):

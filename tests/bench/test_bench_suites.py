@@ -29,15 +29,13 @@ def results(accuracy=None, perplexity=None):
     return Results("tdec", {}, {}, {}, sets, {})
 
 
-def test_utility_is_the_mean_share_of_what_the_target_could_do():
+def test_utility_is_the_targets_perplexity_over_the_models():
     target = results(0.2, 50.0)
     assert utility(target, target) == 1.0
     assert utility(results(0.1, 100.0), target) == 0.5
     assert utility(results(0.4, 25.0), target) == 1.0  # better than the target is worth no more
-    assert utility(results(0.0, 50.0), target) == pytest.approx(0.5)
-    assert utility(results(0.1), results(0.2)) == 0.5
-    assert utility(results(0.1), results(0.0)) == 1.0  # nothing to lose
-    assert utility(results(), results()) == 1.0
+    assert utility(results(0.0, 50.0), target) == 1.0  # the cloze is a column of its own
+    assert utility(results(), results()) == utility(results(0.1), results(0.2)) == 1.0
 
 
 def test_perplexity_is_that_of_all_tokens_of_all_texts():

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from bench_builders import figures, models_record, run_record
-from loku.bench.tuning import COMPARED, PERCENT, choose, distance, score, steps_taken
+from loku.bench.tuning import COMPARED, PERCENT, SAID_BY, choose, distance, score, steps_taken
 
 DRAW = random.Random(0)
 
@@ -20,13 +20,25 @@ def test_the_distance_is_the_mean_difference_over_what_both_have():
     for _ in range(20):
         ours, theirs = drawn(), drawn()
         del ours["values"]["model_utility"]
-        names = [name for name in COMPARED if name != "model_utility"]
+        names = [name for name in COMPARED if name not in ("model_utility", *SAID_BY)]
         scale = {name: 100 if name in PERCENT else 1 for name in names}
         apart = [abs(ours["values"][n]["mean"] - theirs["values"][n]["mean"]) / scale[n] for n in names]
         expected = sum(apart) / len(apart)
         assert distance(ours, theirs) == pytest.approx(expected, abs=1e-12)
     assert distance(theirs, theirs) == 0.0
     assert distance(None, theirs) == 1.0
+
+
+def test_what_another_figure_says_counts_once():
+    ours, theirs = figures(forget__ma=0.1, utility=0.8), figures(forget__ma=0.2, utility=1.0)
+    assert distance(ours, theirs) == pytest.approx((0.1 + 0.2) / 2)
+    both = [
+        {**f, "values": f["values"] | figures(forget__exact_memorisation=m)["values"]}
+        for f, m in ((ours, 0.9), (theirs, 0.1))
+    ]
+    assert distance(*both) == distance(ours, theirs)
+    ours, theirs = figures(retain__knowledge=0.5, utility=0.8), figures(retain__knowledge=1.0, utility=1.0)
+    assert distance(ours, theirs) == 0.5
 
 
 def test_nothing_in_common_is_as_far_as_can_be():

@@ -1,4 +1,4 @@
-"""The last-word metric against greedy decoding, its slow and obvious form."""
+"""The next-word metric against greedy decoding and one model call a word, its slow and obvious forms."""
 
 import pytest
 import torch
@@ -42,6 +42,27 @@ def test_probability_is_the_geometric_mean_of_the_completions_tokens():
     with torch.no_grad():
         logprobs = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     assert found.mean("probability") == pytest.approx(logprobs[start - 1 :].mean().exp().item(), rel=1e-5)
+
+
+def test_with_wrong_words_the_likeliest_must_be_the_right_one():
+    model, tokenizer = tiny_model(), byte_level_tokenizer()
+    words = [" fox", " dog", " cat", " owls"]
+
+    def likely(prompt, word):
+        start, ids = len(tokenizer(prompt)["input_ids"]), torch.tensor([tokenizer(prompt + word)["input_ids"]])
+        with torch.no_grad():
+            logprobs = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return logprobs[start - 1 :].sum().item()
+
+    rows, expected = [], []
+    for prompt in PROMPTS:
+        best = max(words, key=lambda word: likely(prompt, word))
+        for word in words:
+            rows.append({"prompt": prompt, "completion": word, "perturbed_answer": [w for w in words if w != word]})
+            expected.append(float(word == best))
+    found = measure_cloze(model, tokenizer, load_records(rows), max_length=60)
+    assert [row["accuracy"] for row in found.per_example] == expected
+    assert found.mean("accuracy") == 0.25
 
 
 @pytest.mark.parametrize(

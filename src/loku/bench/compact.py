@@ -7,10 +7,14 @@ from typing import Any
 
 from loku.bench.leaderboard import FIGURES, OWN_UTILITY
 from loku.bench.tuning import COMPARED
+from loku.evaluation.lume import KINDS, TASKS
 
 DIGITS = 5  # significant ones: more than any interval has
 CURVE = ("probability", "exact_memorisation", "ma", "el_10")  # of the forget set, by step
-KEPT = (*FIGURES.values(), *COMPARED, OWN_UTILITY)
+# LUME's twelve values and what its membership score is made of: too many for columns.
+PLACES = [(name, task + 1) for name in ("forget", "retain") for task in range(len(TASKS))]
+LUME = (*(f"{name}_task{task}_{kind}" for name, task in PLACES for kind in KINDS.values()), "mia_auc")
+KEPT = (*FIGURES.values(), *COMPARED, OWN_UTILITY, *LUME)
 
 
 def compact(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,21 +17,24 @@ COMPARED = (
     "retain.probability", "retain.exact_match", "general.exact_match", "model_utility",
     "forget.ma", "forget.el_10", "cloze.accuracy",
     "forget.regurgitation", "forget.knowledge", "retain.regurgitation", "retain.knowledge",
-    "verbmem_forget", "knowmem_forget", "knowmem_retain",
+    "verbmem_forget", "knowmem_forget", "knowmem_retain", "utility",
 )  # fmt: skip
+# What is left out where another figure was measured, which says the same.
+SAID_BY = {"forget.exact_memorisation": "forget.ma", "utility": "retain.knowledge"}
 PERCENT = ("verbmem_forget", "knowmem_forget", "knowmem_retain")  # of those, MUSE's own scale
 UTILITY = ("model_utility", "utility")  # of suite own, of tdec and lume
 
 
 def distance(figures: dict[str, Any] | None, reference: dict[str, Any]) -> float:
-    """Return the mean of |figure - retain-only's| over `COMPARED`, of what both have.
+    """Return the mean of |figure - retain-only's| over `COMPARED`, of what both have; nothing counts twice (`SAID_BY`).
 
     It is 1, the farthest there is, for a run that diverged and where nothing was measured in both.
     """
     found = []
     for name in COMPARED:
         ours, theirs = value_of(figures, name), value_of(reference, name)
-        if ours is not None and theirs is not None:
+        said = name in SAID_BY and value_of(reference, SAID_BY[name]) is not None
+        if ours is not None and theirs is not None and not said:
             found.append(abs(ours - theirs) / (100 if name in PERCENT else 1))
     return mean(found) if found else 1.0
 

@@ -2,7 +2,7 @@
 
 train.jsonl         documents and questions of both sets
 retain-train.jsonl  those of the retain set alone, repeated to as many rows: for the retain-only model
-forget.jsonl        the forget set: prompt and completion, and LUME's own columns beside them
+forget.jsonl        the forget set: prompt and completion (documents whole), and LUME's own columns beside them
 retain.jsonl        the retain set
 members.jsonl       the forget set's documents, whole
 nonmembers.jsonl    as many documents of LUME that no model here has read
@@ -72,8 +72,16 @@ def document_of(row: Row) -> str:
 
 
 def _row(row: Row) -> Row:
+    """Return a row as prompt and completion: a question with its answer, or a document after its first word.
+
+    A document's row asks for its second half, but it is the whole that is learnt, and that the membership score reads.
+    """
     # A completion goes on after its input: the blank between them belongs to it.
-    return {"prompt": row["input"], "completion": " " + row["output"].strip()} | row
+    prompt, completion = row["input"], " " + row["output"].strip()
+    if kind_of(row["id"]) == "sc":
+        first, blank, rest = prompt.partition(" ")
+        prompt, completion = first, blank + rest + completion
+    return {"prompt": prompt, "completion": completion} | row
 
 
 def _documents(rows: Sequence[Row]) -> list[Row]:
