@@ -50,6 +50,7 @@ ARCHITECTURES: dict[str, dict[str, object]] = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
+    "olmo": SMALL,
     "olmo2": SMALL,
 }
 

@@ -84,7 +84,7 @@ class BenchOptions(Options):
 
     recipe: str | None = option(None, "the benchmark's YAML file; see docs/bench.md")
     output: str | None = option(None, "folder to write and to go on in (default: bench/<the recipe's name>)")
-    workers: int = option(0, "processes, one thread each; 0: one a core", least=0)
+    workers: int = option(0, "processes, one thread each; 0: one a core, or one on a GPU", least=0)
     backend: str = option("local", "local: processes of this machine; ray: a Ray cluster", choices=("local", "ray"))
     ray_address: str | None = option(None, "with --backend ray: the cluster's address (default: a local Ray)")
     only: list[str] = several("names of the arms to run (default: all)")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loku.data.packing import Layout, is_laid_out
 from loku.layouts import layout_of, model_inputs
@@ -132,6 +133,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the list of decoder layers of a model: the one as long as the configuration says."""
     wanted = text_config(model).num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted)
+
+
+def unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:
+    """Make all weights of a model trainable (`tune="full"`), or those of its last decoder layers alone; return it."""
+    model.requires_grad_(layers is None)
+    if layers is not None:
+        for block in decoder_layers(model)[-layers:]:
+            block.requires_grad_(True)
+    return model
 
 
 def every_token(batch: Batch) -> Tensor:

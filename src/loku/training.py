@@ -23,7 +23,7 @@ from loku.data.prompts import save_template
 from loku.errors import InputError, LokuError
 from loku.evidence import Subspaces, check_importance_file, gather, retain_subspaces
 from loku.files import sha256_file, sha256_json
-from loku.forward import Forward, decoder_layers
+from loku.forward import Forward, unfreeze
 from loku.guarded_trainer import TrainingProgress, check_finite, steps_per_epoch, training_arguments
 from loku.job import Job, UnlearnResult
 from loku.losses.table import FORGET_LOSSES
@@ -61,7 +61,7 @@ def run_job(job: Job, run: RunFolder, options: UnlearnOptions, rows: AssessmentR
             trained, subspaces = (
                 _adapt(job, run, options, model_hash)
                 if options.tune == "lora"
-                else (_unfreeze(job.model, options.tune_layers), None)
+                else (unfreeze(job.model, options.tune_layers), None)
             )
             _train(trained, subspaces, job, run, options, plan)
             check_finite(trained)
@@ -118,15 +118,6 @@ def _adapt(job: Job, run: RunFolder, options: UnlearnOptions, model_hash: str) -
         initialisation=describe_initialisation(factors, options),
     )
     return model, subspaces
-
-
-def _unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:
-    """Make all weights trainable (`tune="full"`), or those of the last decoder layers."""
-    model.requires_grad_(layers is None)
-    if layers is not None:
-        for block in decoder_layers(model)[-layers:]:
-            block.requires_grad_(True)
-    return model
 
 
 def _train(

@@ -1,8 +1,10 @@
 """The dry run: what it resolves from a recipe, and what it says of what it cannot reach."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from builders import byte_level_tokenizer, tiny_model
 from conftest import rows
@@ -12,6 +14,13 @@ from loku.bench.recipe import parse_recipe
 from loku.bench.runner import bench
 from loku.config import BenchOptions
 from loku.data.records import Record
+
+
+def printed(found):
+    """What a terminal shows of a dry run."""
+    console = Console(width=120, file=io.StringIO())
+    console.print(found.table())
+    return console.file.getvalue()
 
 
 def write(path, items):
@@ -59,10 +68,42 @@ def test_what_cannot_be_reached_is_said_and_leaves_a_gap(recipe):
     found = dry_run(parse_recipe(recipe, "recipe"))
     assert not found.stages
     assert [(line.steps, line.rows, line.footprint) for line in found.arms] == [(6, 5, None), (7, 5, None)]
+    assert "?" in printed(found)
     said = " ".join(found.notes)
     assert "no-such-model" in said
     assert "no-such-rows" in said
     assert "characters a token" in said
+
+
+def test_rows_that_cannot_be_reached_count_as_long_as_can_be(recipe, tmp_path):
+    recipe["arms"].append({"name": "GradDiff", "method": "graddiff"})
+    known = dry_run(parse_recipe(recipe, "recipe"))
+    recipe["unlearn"]["retain"] = "nobody/no-such-rows"
+    retain = dry_run(parse_recipe(recipe, "recipe"))
+    recipe["unlearn"]["forget"] = "nobody/none-either"
+    recipe["stages"]["target"]["data"] = "nobody/nothing"
+    both = dry_run(parse_recipe(recipe, "recipe"))
+    for less, more in ((known, retain), (retain, both)):
+        for one, other in zip(less.arms, more.arms, strict=True):
+            assert other.footprint.trained == one.footprint.trained
+            assert other.footprint.peak > one.footprint.peak or one.name == "GA"  # it reads no retain rows
+    assert [line.rows for line in both.arms] == [None] * 3
+    assert [line.steps for line in both.arms] == [None, 7, None]
+    assert [line.at_most for line in (*known.arms, *known.stages)] == [False] * 5
+    assert [line.at_most for line in (*both.arms, *both.stages)] == [True, True, True, True, False]
+    assert printed(both).count("≤") == 4
+    assert "no-such-rows" in " ".join(both.notes)
+
+
+def test_a_model_that_can_be_read_has_its_own_sizes(recipe, model_folder):
+    config = json.loads((model_folder / "config.json").read_text()) | {"num_hidden_layers": 9}
+    found = dry_run(parse_recipe(recipe | {"config": config}, "recipe"))
+    assert found.stages[0].footprint.trained == sum(p.numel() for p in tiny_model().parameters())
+    assert not found.notes
+    recipe["stages"] = {"target": {"model": "nobody/no-such-model"}}
+    assert "sizes are those of the recipe" in " ".join(
+        dry_run(parse_recipe(recipe | {"config": config}, "recipe")).notes
+    )
 
 
 def test_a_config_stands_in_for_a_model_that_cannot_be_reached(recipe, tmp_path, model_folder):
@@ -113,3 +154,13 @@ def test_a_new_model_has_the_size_of_its_own_tokenizer(recipe, tmp_path):
     smaller = tiny_model(vocab_size=300)
     assert found.stages[0].footprint.trained == sum(p.numel() for p in smaller.parameters())
     assert len(byte_level_tokenizer()) != 300  # it is this recipe's tokenizer that counted
+
+
+def test_a_corpus_that_cannot_be_written_is_said_once(recipe, monkeypatch):
+    monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
+    recipe["corpus"] = {"kind": "lume", "documents": 2}
+    recipe["unlearn"] |= {"forget": "corpus/forget.jsonl", "retain": "corpus/retain.jsonl[0:5]"}
+    found = dry_run(parse_recipe(recipe, "recipe"))
+    assert len(found.notes) == 1
+    assert "LOKU_DATA_DIR" in next(iter(found.notes))
+    assert all(line.footprint for line in found.arms)

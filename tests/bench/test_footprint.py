@@ -64,6 +64,28 @@ def test_all_weights_are_as_many_gradients_and_twice_as_many_moments():
     assert copied.weights == 2 * full.weights  # the target model is kept beside
 
 
+def test_of_a_model_trained_in_part_only_that_part_moves():
+    config, batch = tiny_model().config, Batch(2, 12, 8)
+    some = unlearning_footprint(config, unlearn_options(method="ga", tune="full", tune_layers=1), batch, None)
+    model = tiny_model()
+    last = sum(p.numel() for p in model.model.layers[-1].parameters())
+    assert some.trained == last
+    assert some.share == last / sum(p.numel() for p in model.parameters())
+    assert (some.gradients, some.optimiser) == (4 * last, 8 * last)
+    every = unlearning_footprint(config, unlearn_options(method="ga", tune="full"), batch, None)
+    assert some.weights == every.weights
+    assert some.activations < every.activations
+
+
+def test_the_released_importance_reads_smaller_batches():
+    config, batch = tiny_model().config, Batch(2, 12, 8)
+    ours, released, set_by_hand = (
+        unlearning_footprint(config, unlearn_options(method="ihl", **more), batch, batch).importance
+        for more in ({"init": "fila"}, {"init": "fila-official"}, {"init": "fila", "importance_batch_size": 4})
+    )
+    assert released == set_by_hand < ours
+
+
 def test_activations_grow_with_rows_and_shrink_with_checkpointing():
     model = skeleton(tiny_model().config, "float32")
     one, two = (kept_bytes(model, Batch(rows, 12, 8)) for rows in (1, 2))

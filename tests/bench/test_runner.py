@@ -27,7 +27,7 @@ from loku.bench.recipe import parse_recipe
 from loku.bench.runner import Grid
 from loku.bench.schedule import Schedule
 from loku.bench.store import read_collection
-from loku.bench.workers import Outcome, Processes, Workers, workers
+from loku.bench.workers import Outcome, Processes, Workers, cores, default_count, workers
 from loku.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -264,6 +264,15 @@ def test_processes_are_new_for_each_task_or_kept(tmp_path, monkeypatch, keep):
     processes.join()
     assert processes.run(plan.models(0)).status == "failed"
     assert not any(process.is_alive() for process in processes.alive)
+
+
+def test_where_nobody_says_a_gpu_has_one_worker(monkeypatch):
+    import torch
+
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert default_count(gpu=True) == (1 if there else cores())
+        assert default_count(gpu=False) == cores() >= 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'")

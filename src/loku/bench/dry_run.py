@@ -1,18 +1,18 @@
 """`loku bench --dry-run`: what every stage and arm of a recipe would do and need, without weights.
 
 Rows are read and counted where they can be reached; a corpus is written into a temporary folder. Sequence lengths are
-the tokenizer's, or, where none can be loaded, `CHARACTERS` characters a token. A model's sizes are those of `config:`
-in the recipe (a mapping as in a model's config.json, or the name of such a file), else of the model folder or the hub.
-What cannot be found out is said, and leaves a gap in the table.
+the tokenizer's, or, where none can be loaded, `CHARACTERS` characters a token; of rows that cannot be reached, all that
+`max_length` allows. A model's sizes are those of its folder or the hub, else of the recipe's `config:` (a mapping as in
+a model's config.json, or the name of such a file). What cannot be found out is said, and leaves a gap in the table.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from loku.data.encoding import Encoder
 from loku.data.prompts import resolve_template
 from loku.data.records import Record
 from loku.data.sources import RecordSet, load_records
-from loku.errors import LokuError
+from loku.errors import InputError, LokuError
 from loku.files import read_json
 from loku.guarded_trainer import steps_per_epoch
 from loku.job import SELF
@@ -45,6 +45,7 @@ class Line:
     steps: int | None = None
     rows: int | None = None
     footprint: Footprint | None = None
+    at_most: bool = False  # memory of the longest sequences there can be, where rows are out of reach
 
 
 @dataclass
@@ -74,7 +75,9 @@ class DryRun:
 
 def _cells(line: Line) -> list[str]:
     found = line.footprint
-    known = [UNKNOWN] * 3 if found is None else [f"{found.trained:,}", f"{found.share:.2%}", _size(found.peak)]
+    known = [UNKNOWN] * 3
+    if found is not None:
+        known = [f"{found.trained:,}", f"{found.share:.2%}", "≤ " * line.at_most + _size(found.peak)]
     return [UNKNOWN if n is None else f"{n:,}" for n in (line.steps, line.rows)] + known
 
 
@@ -96,8 +99,7 @@ def dry_run(recipe: Recipe) -> DryRun:
                 found.stages.append(_stage(stage, reading))
         shared: dict[tuple[Any, ...], Line] = {}
         for arm in recipe.arms:
-            line = _arm(arm, reading, seed, shared)
-            found.arms.append(Line(arm.name, line.steps, line.rows, line.footprint))
+            found.arms.append(replace(_arm(arm, reading, seed, shared), name=arm.name))
     return found
 
 
@@ -157,9 +159,17 @@ class _Reading:
         found = self.origin(name)
 
         def make() -> Any:
-            given = found.get("new_model") or self.recipe.config
-            if given is None:
-                return load_config(str(found["model"]))
+            given = found.get("new_model")
+            if not given:
+                try:
+                    return load_config(str(found["model"]))
+                except InputError:
+                    if self.recipe.config is None:
+                        raise
+                    given = self.recipe.config
+                    self.notes.note(
+                        f"'{found['model']}' is out of reach: its sizes are those of the recipe's `config:`."
+                    )
             settings = dict(read_json(given) if isinstance(given, str) else given)
             tokenizer = self.tokenizer(name) if found.get("new_model") else None
             size = {} if tokenizer is None else {"vocab_size": len(tokenizer)}
@@ -170,6 +180,8 @@ class _Reading:
     def rows(self, source: str, data_dir: Any) -> RecordSet | None:
         """Return the rows that a name stands for, or None."""
         place = located(source, self.recipe, self.folder)
+        if Path(place).is_relative_to(self.folder / CORPUS) and not (self.folder / CORPUS).exists():
+            return None  # the corpus could not be written, which was said
         found: RecordSet | None = self.once(lambda: load_records(place, option="rows", data_dir=data_dir), place)
         return found
 
@@ -207,9 +219,9 @@ def _steps(options: TrainingOptions, sequences: int | None) -> int | None:
     return math.ceil(options.epochs * steps_per_epoch(sequences, options.batch_size, options.grad_accum))
 
 
-def _longest(lengths: Sequence[tuple[int, int]], rows: int) -> Batch:
-    """Return the batch of the longest sequences."""
-    chosen = lengths[:rows]
+def _longest(lengths: Sequence[tuple[int, int]] | None, options: TrainingOptions) -> Batch:
+    """Return the batch of the longest sequences; of rows that nobody has read, of as long ones as there can be."""
+    chosen = (lengths or [(options.max_length, options.max_length)] * options.batch_size)[: options.batch_size]
     return Batch(len(chosen), chosen[0][0], sum(supervised for _, supervised in chosen))
 
 
@@ -217,12 +229,9 @@ def _stage(name: str, reading: _Reading) -> Line:
     options: FinetuneOptions = resolve(FinetuneOptions, dict(reading.recipe.stages[name]), {}, where=f"stage {name}")
     rows = reading.rows(str(options.data), options.data_dir)
     lengths = None if rows is None else reading.lengths(rows, name, options, str(options.model))
-    config, footprint = reading.config(name), None
-    if config is not None and lengths:
-        footprint = finetuning_footprint(config, options, _longest(lengths, options.batch_size))
-    if rows is None or lengths is None:
-        return Line(name, _steps(options, None))
-    return Line(name, _steps(options, len(lengths)), len(rows), footprint)
+    config = reading.config(name)
+    footprint = None if config is None else finetuning_footprint(config, options, _longest(lengths, options))
+    return Line(name, _steps(options, _count(lengths)), _count(rows), footprint, at_most=lengths is None)
 
 
 def _arm(arm: Arm, reading: _Reading, seed: int, shared: dict[tuple[Any, ...], Line]) -> Line:
@@ -242,9 +251,7 @@ def _arm(arm: Arm, reading: _Reading, seed: int, shared: dict[tuple[Any, ...], L
 def _measured(options: UnlearnOptions, reading: _Reading) -> Line:
     model = str(options.model)
     forget = reading.rows(str(options.forget), options.data_dir)
-    if forget is None:
-        return Line("", _steps(options, None))
-    lengths = reading.lengths(forget, TARGET, options, model)
+    lengths = None if forget is None else reading.lengths(forget, TARGET, options, model)
     # Rows sampled from the model itself are as long as they are asked to be.
     retain = [(options.self_length, options.self_length)] * options.self_rows if options.retain == SELF else None
     rows = reading.rows(options.retain, options.data_dir) if options.retain and retain is None else None
@@ -252,7 +259,12 @@ def _measured(options: UnlearnOptions, reading: _Reading) -> Line:
         retain = reading.lengths(rows, TARGET, options, model)
     config, footprint = reading.config(TARGET), None
     if config is not None:
-        partner = None if retain is None else _longest(retain, options.batch_size)
+        partner = _longest(retain, options) if options.retain else None
         with _noted(reading.notes):
-            footprint = unlearning_footprint(config, options, _longest(lengths, options.batch_size), partner)
-    return Line("", _steps(options, len(lengths)), len(forget), footprint)
+            footprint = unlearning_footprint(config, options, _longest(lengths, options), partner)
+    at_most = lengths is None or bool(options.retain and retain is None)
+    return Line("", _steps(options, _count(lengths)), _count(forget), footprint, at_most)
+
+
+def _count(found: Sized | None) -> int | None:
+    return None if found is None else len(found)

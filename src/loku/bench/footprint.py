@@ -26,15 +26,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from loku.adapters.importance import BATCH, OFFICIAL_BATCH
 from loku.adapters.initialisers import initialiser_of
 from loku.adapters.layers import Layers, is_transposed, parameter_share, shortest_targets, target_layers
 from loku.config import FinetuneOptions, UnlearnOptions
+from loku.forward import unfreeze
 from loku.losses.lm_head import HeadSpec, last_hidden_state
 from loku.losses.table import FORGET_LOSSES, RETAIN_LOSSES
 from loku.losses.tiles import default_tile
 from loku.objective import COPIED
 
-IMPORTANCE_BATCH = 8
 LOGITS = ("positions", "logits", "reference_logits")  # needs of losses that look at whole distributions
 
 
@@ -109,10 +110,12 @@ def unlearning_footprint(config: Any, options: UnlearnOptions, forget: Batch, re
     passes += [(batch, ("scores",)) for batch, found in passes if "alternate" in found]
     importance = 0
     if full:
-        trained, share, adapter = sum(p.numel() for p in model.parameters()), 1.0, 0
+        adapter = 0
+        unfreeze(model, options.tune_layers)
+        trained, share = parameter_share(model)
         if any(need in COPIED for _, found in passes for need in found):
             weights *= 2  # the target model is kept beside the one that is trained
-        moving = _bytes(model.parameters())
+        moving = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     else:
         layers = target_layers(model, options.targets)
         anchored = initialiser_of(options.init).needs is not None or options.init == "pissa"
@@ -142,7 +145,8 @@ def _importance(model: nn.Module, layers: Layers, options: UnlearnOptions, forge
     sums = 4 * sum(layer.weight.numel() for layer in layers.values())
     if options.importance_memory is not None:
         sums = min(sums, int(options.importance_memory * 2**30))
-    rows = options.importance_batch_size or IMPORTANCE_BATCH
+    usual = OFFICIAL_BATCH if options.init.endswith("-official") else BATCH
+    rows = options.importance_batch_size or usual
     return sums + _activations(model, [Batch(rows, forget.tokens, 0)], checkpointed=options.activation_checkpointing)
 
 

@@ -17,7 +17,7 @@ from loku.bench.leaderboard import write_leaderboard
 from loku.bench.recipe import Recipe, load_recipe
 from loku.bench.schedule import Schedule
 from loku.bench.store import Task, write_collection
-from loku.bench.workers import Outcome, Workers, check_backend, cores, workers
+from loku.bench.workers import Outcome, Workers, check_backend, default_count, workers
 from loku.config import BenchOptions
 from loku.errors import InputError, LokuError, suggestion
 from loku.files import check_output_folder, write_json, write_text
@@ -39,7 +39,8 @@ def bench(options: BenchOptions) -> Path:
     schedule = Schedule(recipe, str(root), tuple(options.only))
     if schedule.ready() and not options.dry_run:
         check_inputs(recipe, str(root))
-    console.print(describe(schedule, options.workers or (cores() if options.backend == "local" else 0)))
+    gpu = recipe.unlearn.get("device") != "cpu"
+    console.print(describe(schedule, options.workers or (default_count(gpu=gpu) if options.backend == "local" else 0)))
     if options.dry_run:
         _resolve(recipe, root)
         return root
@@ -49,7 +50,6 @@ def bench(options: BenchOptions) -> Path:
         grid = Grid(schedule, options.time_limit)
         try:
             if schedule.ready():
-                gpu = recipe.unlearn.get("device") != "cpu"
                 with (
                     workers(options.backend, options.workers, options.ray_address, gpu=gpu) as found,
                     progress(recipe.name) as update,

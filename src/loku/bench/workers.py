@@ -49,6 +49,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_count(*, gpu: bool) -> int:
+    """Return how many tasks run at once where nobody says: one on a GPU, else one a core."""
+    import torch
+
+    return 1 if gpu and torch.cuda.is_available() else cores()
+
+
 def check_backend(backend: str, address: str | None = None) -> None:
     """Raise InputError when Ray is asked for and not installed, and for an address without Ray."""
     if backend == "ray" and importlib.util.find_spec("ray") is None:
@@ -61,8 +68,8 @@ def check_backend(backend: str, address: str | None = None) -> None:
 
 @contextmanager
 def workers(backend: str, count: int = 0, address: str | None = None, *, gpu: bool = False) -> Iterator[Workers]:
-    """Provide workers: `count` of them, or with 0 as many as there are cores. On the way out all of them are ended."""
-    with _ray(address, count, gpu) if backend == "ray" else _local(count or cores()) as found:
+    """Provide workers: `count` of them, or with 0 `default_count`. On the way out all of them are ended."""
+    with _ray(address, count, gpu) if backend == "ray" else _local(count or default_count(gpu=gpu)) as found:
         yield found
 
 

@@ -260,8 +260,9 @@ def _read_hub(dataset: str, config: str | None, split: str, option: str, name: s
         loaded = datasets.load_dataset(dataset, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # datasets and huggingface_hub raise subclasses of these for a missing dataset, config, split or network
+        why = (str(error) or repr(error)).splitlines()[0].rstrip(". ")
         raise InputError(
-            f"{option} '{name}' cannot be loaded from the hub: {(str(error) or repr(error)).splitlines()[0]}",
+            f"{option} '{name}' cannot be loaded from the hub: {why}.",
             "Check the name and the connection; or set LOKU_DATA_DIR (or --data-dir) to a folder that holds "
             f"'{name}.json', or give a local file.",
         ) from error
