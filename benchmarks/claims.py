@@ -1,88 +1,96 @@
 """The four qualitative claims of the LoKU paper, each with its figures on every committed benchmark, and a verdict.
 
-Figures come from the runs that `loku bench` collected; the verdicts in `VERDICTS` are ours, read off those figures.
+The figures are those of the runs that `loku bench` collected; the verdicts are ours, read off those figures.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from loku.bench.figures import value_of
 from loku.bench.store import read_collection
-from loku.bench.tuning import distance, steps_taken
+from loku.bench.tuning import UTILITY, distance, steps_taken
 from loku.files import read_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
-UTILITY = ("model_utility", "utility")
+
+TITLES = {
+    "fiction": "fictitious corpus",
+    "mini-tofu-10": "ten TOFU authors",
+    "mini-tdec": "TDEC, 0.7 M",
+    "mini-lume": "LUME, 48 documents",
+}
+# What the claims are about, and the arm of each benchmark, by its name there.
+ARMS = {
+    "GA, all weights": ("ga, all weights", "GA, all weights"),
+    "GA, LoRA": ("ga from lora",),
+    "GA, FILA": ("ga from fila",),
+    "GradDiff, all weights": ("graddiff, all weights", "GradDiff, all weights"),
+    "GradDiff, LoRA": ("graddiff from lora", "graddiff from lora, rank 8", "graddiff from lora, rank 16"),
+    "GradDiff, FILA": ("graddiff from fila", "graddiff from fila, rank 16"),
+    "IHL, LoRA": ("ihl from lora", "ihl from lora, rank 16"),
+    "IHL, FILA: LoKU": ("LoKU", "ihl from fila, rank 8", "ihl from fila, rank 16"),
+}
 LEFT = ("forget.probability", "forget.ma", "forget.regurgitation")  # what is left of the forget set, by suite
+HEAD = ("benchmark", "arm", "rate", "forget set left", "utility kept", "repetition", "distance or steps", "at every rate tried")
 
 
-@dataclass(frozen=True)
-class Bench:
-    """One benchmark's reported models and runs."""
+def table() -> list[str]:
+    """Return the claims' arms on every benchmark, one line each."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for name, title in TITLES.items():
+        file = RESULTS / f"{name}.jsonl"
+        if file.is_file():
+            lines += ["| " + " | ".join(row) + " |" for row in _rows(name, title, read_collection(file))]
+    return lines
 
-    title: str
-    name: str
-    rank: int
 
-    @property
-    def records(self) -> list[Record]:
-        """All committed records."""
-        return read_collection(RESULTS / f"{self.name}.jsonl")
+def _rows(name: str, title: str, records: Sequence[Record]) -> list[list[str]]:
+    models = {record["seed"]: record["models"] for record in records if "arm" not in record}
+    runs = [record for record in records if "arm" in record]
+    chosen = read_json(RESULTS / f"{name}.chosen.json")["arms"]
+    target = [found["target"] for found in models.values()]
+    utility = next(figure for figure in UTILITY if value_of(target[0]["figures"], figure) is not None)
+    left = next(figure for figure in LEFT if value_of(target[0]["figures"], figure) is not None)
+    by_steps = any(run.get("stopped") for run in runs)
+    rows = []
+    for label, names in ARMS.items():
+        arm = next((arm for arm in names if any(run["arm"] == arm for run in runs)), None)
+        if arm is None:
+            continue
+        found = [run for run in runs if run["arm"] == arm]
+        whole = {seed: value_of(model["target"]["figures"], utility) or 1.0 for seed, model in models.items()}
+        kept = [(value_of(run["figures"], utility) or 0.0) / whole[run["seed"]] for run in found]
+        repeated = [value for run in found if (value := value_of(run["figures"], "forget.repetition")) is not None]
+        far = [distance(run["figures"], models[run["seed"]]["retain-only"]["figures"]) for run in found]
+        rows.append(
+            [
+                title,
+                label,
+                f"{chosen[arm]['point']['learning_rate']:g}",
+                _spread([value_of(run["figures"], left) or 0.0 for run in found]),
+                _spread(kept),
+                f"{mean(repeated):.2f}" if repeated else "-",
+                f"{mean(map(steps_taken, found)):.0f} steps" if by_steps else f"{mean(far):.2f}",
+                _at_every_rate(chosen[arm]["scores"], by_steps),
+            ]
+        )
+    return rows
 
-    def runs(self, method: str, init: str = "lora", *, tune: str = "lora") -> list[Record]:
-        """Return the runs of one arm, at the rank that was tuned."""
-        if (method, init) == ("ihl", "fila") and not self._runs(method, init, tune):
-            method, init = "loku", "fila"  # the arm goes by the recipe's name there
-        return self._runs(method, init, tune)
 
-    def _runs(self, method: str, init: str, tune: str) -> list[Record]:
-        default = "fila" if method == "loku" else "lora"
-        found = [record for record in self.records if "arm" in record]
-        return [
-            record
-            for record in found
-            if record["options"]["method"] == method
-            and (tune == "full" or record["options"].get("init", default) == init)
-            and record["options"].get("tune", "lora") == tune
-            and record["settings"].get("rank", self.rank) == self.rank
-        ]
+def _at_every_rate(scores: Sequence[dict[str, Any]], by_steps: bool) -> str:
+    """Return what tuning found at every rate, the least rate first: the distance, or the steps to the level."""
+    cells = []
+    for entry in scores:
+        missed, steps = entry["score"][0], entry["score"][-1]
+        cells.append(f"{missed:.2f}" if not by_steps else "missed" if missed else f"{steps:.0f}")
+    return ", ".join(cells)
 
-    def model(self, name: str, figure: str) -> float | None:
-        """Return a figure of the target or of the retain-only model, as a mean over seeds."""
-        found = [record["models"][name]["figures"] for record in self.records if "arm" not in record]
-        values = [value_of(figures, figure) for figures in found]
-        return mean(values) if values and None not in values else None
 
-    def distance(self, runs: list[Record]) -> float:
-        """Return the mean distance to the retain-only model of the same seed."""
-        by_seed = {r["seed"]: r["models"]["retain-only"]["figures"] for r in self.records if "arm" not in r}
-        return mean(distance(run["figures"], by_seed[run["seed"]]) for run in runs)
-
-    def utility(self, runs: list[Record]) -> str:
-        """Return the share of the target's utility that is kept, and over how many seeds it ranges."""
-        name = next(name for name in UTILITY if self.model("target", name) is not None)
-        whole = self.model("target", name) or 1.0
-        kept = sorted((value_of(run["figures"], name) or 0.0) / whole for run in runs)
-        return f"{mean(kept):.2f}" + (f" ({kept[0]:.2f} to {kept[-1]:.2f})" if len(kept) > 1 else "")
-
-    def left(self, runs: list[Record]) -> str:
-        """Return what is left of the forget set."""
-        name = next(name for name in LEFT if self.model("target", name) is not None)
-        values = sorted(value_of(run["figures"], name) or 0.0 for run in runs)
-        return f"{mean(values):.2f}" + (f" ({values[0]:.2f} to {values[-1]:.2f})" if len(values) > 1 else "")
-
-    def rates(self, arm_starts: str) -> str:
-        """Return the distance that tuning found at every rate of an arm."""
-        file = RESULTS / f"{self.name}.chosen.json"
-        arms = read_json(file)["arms"]
-        name = next((name for name in arms if name.startswith(arm_starts)), None)
-        return "-" if name is None else ", ".join(f"{entry['score'][0]:.2f}" for entry in arms[name]["scores"])
-
-    def steps(self, runs: list[Record]) -> float:
-        """Return the mean steps taken."""
-        return mean(steps_taken(run) for run in runs)
+def _spread(values: Sequence[float]) -> str:
+    """Return the mean, and the least and greatest over seeds."""
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"

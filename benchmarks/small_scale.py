@@ -62,7 +62,9 @@ destruction, too: read it beside utility and repetition.
 
 SHOWN = (
     "forget prob.", "forget ROUGE-L", "forget acc.", "truth ratio", "forget repetition", "retain prob.", "retain acc.",
-    "general acc.", "utility", "forget quality", "distance", "relearned rest, acc.", "seconds",
+    "general acc.", "utility", "forget quality", "EL10", "MA", "unseen EL10", "unseen MA", "forgotten", "cloze acc.",
+    "perplexity", "forget regurgitation", "forget knowledge", "retain regurgitation", "retain knowledge", "task aggregate",
+    "MIA score", "distance", "relearned rest, acc.", "steps", "seconds",
 )  # fmt: skip
 TUNED_ON = "seeds 10 and 11"
 STARTS = ("lora", "fila", "pissa", "fila-official", "fila-two-sided", "vila", "reglu", "all weights")
@@ -244,7 +246,9 @@ def bench_table(name: str, records: list[dict[str, Any]]) -> list[str]:
     runs = [record for record in records if "arm" in record]
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     rows = leaderboard_rows(models, runs, arms)
-    return markdown(rows, [column for column in columns_of(rows) if column in SHOWN]).splitlines()
+    to_level = any(run.get("stopped") for run in runs)  # elsewhere all runs take the same steps
+    shown = [column for column in columns_of(rows) if column in SHOWN and (column != "steps" or to_level)]
+    return markdown(rows, shown).splitlines()
 
 
 def tuning_table(file: Path) -> list[str]:
@@ -252,15 +256,20 @@ def tuning_table(file: Path) -> list[str]:
     if not file.is_file():
         return []
     cells: dict[str, dict[str, str]] = {}
+    by_steps = False
     for arm, found in read_json(file)["arms"].items():
-        method, start = re.split(r" from |, ", "ihl from fila" if arm == "LoKU" else arm, maxsplit=1)
-        best = min(entry["score"][0] for entry in found["scores"])
-        cells.setdefault(method, {})[start] = f"{best:.2f} at {found['point']['learning_rate']:g}"
+        method, start = re.split(r" from |, ", "ihl from fila" if arm == "LoKU" else arm)[:2]  # ranks share their scores
+        best = next(entry["score"] for entry in found["scores"] if entry["point"] == found["point"])
+        by_steps = len(best) > 1
+        what = f"{best[-1]:.0f} steps, utility {-best[1]:.2f}" if by_steps else f"{best[0]:.2f}"
+        what = "not reached" if by_steps and best[0] else what
+        cells.setdefault(method.lower(), {})[start] = f"{what} at {found['point']['learning_rate']:g}"
     starts = [start for start in STARTS if any(start in row for row in cells.values())]
     rows = [[method, *(row.get(start, "-") for start in starts)] for method, row in cells.items()]
     head = ["loss", *starts]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    return [f"The least distance that tuning found, on {TUNED_ON}, and the learning rate there:", "", *lines, ""]
+    what = "The steps to the level at the rate that tuning chose" if by_steps else "The least distance that tuning found"
+    return [f"{what}, on {TUNED_ON}, and the learning rate there:", "", *lines, ""]
 
 
 def main() -> None:
