@@ -5,7 +5,7 @@ The figures are those of the runs that `loku bench` collected; the verdicts are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,17 +36,26 @@ ARMS = {
     "IHL, FILA: LoKU": ("LoKU", "ihl from fila, rank 8", "ihl from fila, rank 16"),
 }
 LEFT = ("forget.probability", "forget.ma", "forget.regurgitation")  # what is left of the forget set, by suite
-HEAD = ("benchmark", "arm", "rate", "forget set left", "utility kept", "repetition", "distance or steps", "at every rate tried")
+HEAD = (
+    "benchmark",
+    "arm",
+    "rate",
+    "forget set left",
+    "utility kept",
+    "repetition",
+    "distance or steps",
+    "at every rate tried",
+)
 
 
-def table() -> list[str]:
+def claims() -> str:
     """Return the claims' arms on every benchmark, one line each."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for name, title in TITLES.items():
         file = RESULTS / f"{name}.jsonl"
         if file.is_file():
             lines += ["| " + " | ".join(row) + " |" for row in _rows(name, title, read_collection(file))]
-    return lines
+    return "\n".join(lines)
 
 
 def _rows(name: str, title: str, records: Sequence[Record]) -> list[list[str]]:
@@ -94,3 +103,6 @@ def _at_every_rate(scores: Sequence[dict[str, Any]], by_steps: bool) -> str:
 def _spread(values: Sequence[float]) -> str:
     """Return the mean, and the least and greatest over seeds."""
     return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"claims": claims}

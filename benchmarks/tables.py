@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md, ablation.md and robustness.md, and the charts, from the committed JSON.
+"""Writes the tables of docs/performance.md, results.md, ablation.md and robustness.md, and the charts, from the JSON.
 
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import claims
+import leaderboards
 import robustness
 from plots import Panel, grid
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "docs" / name for name in ("performance.md", "ablation.md", "robustness.md")]
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "results.md", "ablation.md", "robustness.md")]
 
 
 def read(name: str) -> dict[str, Any]:
@@ -277,9 +279,8 @@ BLOCKS = {
     "factorisation": factorisation,
     "models": models,
     "evaluation": evaluation,
-    **ablation.BLOCKS,
-    **robustness.BLOCKS,
 }
+OF_RUNS = ablation.BLOCKS | robustness.BLOCKS | leaderboards.BLOCKS | claims.BLOCKS  # from runs that `loku bench` kept
 
 
 def filled(text: str) -> str:
@@ -287,11 +288,10 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        made = (
-            BLOCKS[name]()
-            if name in ablation.BLOCKS or name in robustness.BLOCKS or recorded(FROM.get(name, name))
-            else "*Not recorded yet.*"
-        )
+        if name in OF_RUNS:
+            made = OF_RUNS[name]()
+        else:
+            made = BLOCKS[name]() if recorded(FROM.get(name, name)) else "*Not recorded yet.*"
         return f"<!-- {name} -->\n{made}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)

@@ -93,16 +93,9 @@ def test_the_losses_page_agrees_with_the_code(kind):
         assert source is None or source[1] in line or name == "dpo"
 
 
-def test_the_tables_of_the_performance_page_say_what_the_json_says():
+def test_the_tables_of_the_pages_say_what_the_json_says():
     command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
     assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
-
-
-def test_the_results_page_says_what_the_json_says(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import small_scale
-
-    assert (ROOT / "docs" / "results.md").read_text() == small_scale.page()
 
 
 def test_the_evaluation_page_names_every_suite_attack_and_extra():
