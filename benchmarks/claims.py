@@ -88,7 +88,13 @@ def _rows(name: str, title: str, records: Sequence[Record]) -> list[list[str]]:
                 _at_every_rate(chosen[arm]["scores"], by_steps),
             ]
         )
-    return rows
+    repeated = [value_of(model["retain-only"]["figures"], "forget.repetition") for model in models.values()]
+    known = [value for value in repeated if value is not None]
+    bound = [value_of(model["retain-only"]["figures"], left) or 0.0 for model in models.values()]
+    return [
+        *rows,
+        [title, "retain-only model", "-", _spread(bound), "-", f"{mean(known):.2f}" if known else "-", "-", "-"],
+    ]
 
 
 def _at_every_rate(scores: Sequence[dict[str, Any]], by_steps: bool) -> str:

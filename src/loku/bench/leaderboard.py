@@ -96,7 +96,8 @@ def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: M
             if not record.get("error"):
                 add("steps", steps_taken(record))
             add("seconds", record["seconds"].get("all"))
-            add("peak MB", record["peak_memory_bytes"] / 1e6)
+            peak = record.get("peak_memory_bytes")  # left out of runs that are also other runs' beginning
+            add("peak MB", None if peak is None else peak / 1e6)
     return Row(label, role, values, sum(bool(record.get("error")) for _, record in records))
 
 
