@@ -24,16 +24,16 @@ TITLES = {
     "mini-tdec": "TDEC, 0.7 M",
     "mini-lume": "LUME, 48 documents",
 }
-# What the claims are about, and the arm of each benchmark, by its name there.
+# What the claims are about, and the arm of each benchmark, by its name there; adapters are of rank 8.
 ARMS = {
     "GA, all weights": ("ga, all weights", "GA, all weights"),
     "GA, LoRA": ("ga from lora",),
     "GA, FILA": ("ga from fila",),
     "GradDiff, all weights": ("graddiff, all weights", "GradDiff, all weights"),
-    "GradDiff, LoRA": ("graddiff from lora", "graddiff from lora, rank 8", "graddiff from lora, rank 16"),
-    "GradDiff, FILA": ("graddiff from fila", "graddiff from fila, rank 16"),
-    "IHL, LoRA": ("ihl from lora", "ihl from lora, rank 16"),
-    "IHL, FILA: LoKU": ("LoKU", "ihl from fila, rank 8", "ihl from fila, rank 16"),
+    "GradDiff, LoRA": ("graddiff from lora", "graddiff from lora, rank 8"),
+    "GradDiff, FILA": ("graddiff from fila", "graddiff from fila, rank 8"),
+    "IHL, LoRA": ("ihl from lora", "ihl from lora, rank 8"),
+    "IHL, FILA: LoKU": ("LoKU", "ihl from fila, rank 8"),
 }
 LEFT = ("forget.probability", "forget.ma", "forget.regurgitation")  # what is left of the forget set, by suite
 HEAD = (

@@ -105,14 +105,17 @@ def tuned(name: str) -> str:
     cells: dict[str, dict[str, str]] = {}
     by_steps = False
     for arm, found in read_json(RESULTS / f"{name}.chosen.json")["arms"].items():
-        method, start = re.split(r" from |, ", "ihl from fila" if arm == "LoKU" else arm)[
-            :2
-        ]  # ranks share their scores
+        # The rank, where an arm's name goes on with it, is no matter: ranks share their scores.
+        method, start, *_ = re.split(r" from |, ", "ihl from fila" if arm == "LoKU" else arm)
         best = next(entry["score"] for entry in found["scores"] if entry["point"] == found["point"])
         by_steps = len(best) > 1
-        what = f"{best[-1]:.0f} steps, utility {-best[1]:.2f}" if by_steps else f"{best[0]:.2f}"
-        what = "not reached" if by_steps and best[0] else what
-        cells.setdefault(method.lower(), {})[start] = f"{what} at {found['point']['learning_rate']:g}"
+        if not by_steps:
+            cell = f"{best[0]:.2f}"
+        elif best[0]:
+            cell = "not reached"
+        else:
+            cell = f"{best[-1]:.0f} steps, utility {-best[1]:.2f}"
+        cells.setdefault(method.lower(), {})[start] = f"{cell} at {found['point']['learning_rate']:g}"
     starts = [start for start in STARTS if any(start in row for row in cells.values())]
     rows = [[method, *(row.get(start, "-") for start in starts)] for method, row in cells.items()]
     head = ["loss", *starts]

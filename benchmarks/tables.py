@@ -3,7 +3,8 @@
     python benchmarks/tables.py            rewrites the marked blocks
     python benchmarks/tables.py --check    fails when a block does not say what the JSON says
 
-A block stands between `<!-- name -->` and `<!-- end -->`; the function of that name here makes it.
+A block stands between `<!-- name -->` and `<!-- end -->`; the function of that name makes it, here or in the modules of
+`OF_RUNS`.
 """
 
 from __future__ import annotations

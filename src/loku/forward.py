@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loku.data.packing import Layout, is_laid_out
+from loku.errors import InputError
 from loku.layouts import layout_of, model_inputs
 from loku.losses.lm_head import HeadSpec, last_hidden_state, lm_head_of
 from loku.losses.positions import IGNORE, Selection, Supervised, supervised
@@ -130,9 +131,18 @@ def text_config(model: nn.Module) -> Any:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the list of decoder layers of a model: the one as long as the configuration says."""
+    """Return the list of decoder layers of a model: the one as long as the configuration says.
+
+    Raises InputError for a model that has no such list.
+    """
     wanted = text_config(model).num_hidden_layers
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted)
+    found = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == wanted), None)
+    if found is None:
+        raise InputError(
+            f"The model has no list of {wanted} decoder layers to choose from.",
+            "Leave out what asks for layers: --tune-layers, or the attack on hidden states.",
+        )
+    return found
 
 
 def unfreeze(model: PreTrainedModel, layers: int | None) -> PreTrainedModel:

@@ -75,6 +75,16 @@ def test_what_cannot_be_reached_is_said_and_leaves_a_gap(recipe):
     assert "characters a token" in said
 
 
+def test_arms_that_train_other_layers_have_lines_of_their_own(recipe):
+    recipe["arms"] = [
+        {"name": "all", "method": "graddiff", "tune": "full"},
+        {"name": "last", "method": "graddiff", "tune": "full", "tune_layers": 1},
+    ]
+    every, last = (line.footprint for line in dry_run(parse_recipe(recipe, "recipe")).arms)
+    assert last.trained < every.trained
+    assert last.peak < every.peak
+
+
 def test_rows_that_cannot_be_reached_count_as_long_as_can_be(recipe, tmp_path):
     recipe["arms"].append({"name": "GradDiff", "method": "graddiff"})
     known = dry_run(parse_recipe(recipe, "recipe"))
@@ -86,7 +96,11 @@ def test_rows_that_cannot_be_reached_count_as_long_as_can_be(recipe, tmp_path):
     for less, more in ((known, retain), (retain, both)):
         for one, other in zip(less.arms, more.arms, strict=True):
             assert other.footprint.trained == one.footprint.trained
-            assert other.footprint.peak > one.footprint.peak or one.name == "GA"  # it reads no retain rows
+            if one.name == "GA" and less is known:  # it reads no retain rows
+                assert other.footprint.peak == one.footprint.peak
+            else:
+                assert other.footprint.peak > one.footprint.peak
+    assert [line.at_most for line in (*retain.arms, *retain.stages)] == [True, False, True, False, False]
     assert [line.rows for line in both.arms] == [None] * 3
     assert [line.steps for line in both.arms] == [None, 7, None]
     assert [line.at_most for line in (*known.arms, *known.stages)] == [False] * 5
@@ -156,11 +170,21 @@ def test_a_new_model_has_the_size_of_its_own_tokenizer(recipe, tmp_path):
     assert len(byte_level_tokenizer()) != 300  # it is this recipe's tokenizer that counted
 
 
-def test_a_corpus_that_cannot_be_written_is_said_once(recipe, monkeypatch):
+def test_a_corpus_that_cannot_be_written_is_said_once(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("LOKU_DATA_DIR", raising=False)
     recipe["corpus"] = {"kind": "lume", "documents": 2}
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps(tiny_model().config.to_dict()).replace('"vocab_size"', '"was"'))
+    recipe["stages"]["target"] = {
+        "new_model": str(new),
+        "vocab_size": 300,
+        "data": "corpus/train.jsonl",
+        "max_steps": 5,
+    }
     recipe["unlearn"] |= {"forget": "corpus/forget.jsonl", "retain": "corpus/retain.jsonl[0:5]"}
     found = dry_run(parse_recipe(recipe, "recipe"))
-    assert len(found.notes) == 1
-    assert "LOKU_DATA_DIR" in next(iter(found.notes))
+    first, *others = found.notes
+    assert "LOKU_DATA_DIR" in first
+    assert others == [f"No tokenizer: lengths are guessed at {CHARACTERS} characters a token."] * len(others)
     assert all(line.footprint for line in found.arms)
+    assert found.stages[0].footprint.trained == sum(p.numel() for p in tiny_model(vocab_size=300).parameters())

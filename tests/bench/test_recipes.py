@@ -40,7 +40,7 @@ def test_a_recipe_parses_and_is_called_like_its_file(name):
 
 
 def test_the_published_settings_are_as_the_scripts_have_them():
-    """A second reading of methods.md, A.4 and A.5, for the settings that decide a comparison."""
+    """A second reading of LoKU's and Jang et al.'s scripts, for the settings that decide a comparison."""
     for model, rate in (("phi-1.5", 2e-4), ("llama-2-7b", 1e-4)):
         splits = (("forget01", "retain99", 40), ("forget05", "retain95", 200), ("forget10", "retain90", 400))
         for split, rows_kept, count in splits:

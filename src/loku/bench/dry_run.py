@@ -145,8 +145,8 @@ class _Reading:
             if not found.get("new_model"):
                 return load_tokenizer(str(found["model"]))
             options = resolve(FinetuneOptions, dict(found), {}, where=f"stage {name}")
-            source = located(str(options.tokenizer_data or options.data), self.recipe, self.folder)
-            return train_tokenizer(tokenizer_texts(load_records(source, option="data")), options.vocab_size)
+            rows = self.rows(str(options.tokenizer_data or options.data), options.data_dir)
+            return None if rows is None else train_tokenizer(tokenizer_texts(rows), options.vocab_size)
 
         return self.once(make, "tokenizer", str(sorted(found.items())))
 
@@ -171,9 +171,11 @@ class _Reading:
                         f"'{found['model']}' is out of reach: its sizes are those of the recipe's `config:`."
                     )
             settings = dict(read_json(given) if isinstance(given, str) else given)
-            tokenizer = self.tokenizer(name) if found.get("new_model") else None
-            size = {} if tokenizer is None else {"vocab_size": len(tokenizer)}
-            return AutoConfig.for_model(settings.pop("model_type"), **(size | settings))
+            if found.get("new_model") and "vocab_size" not in settings:
+                tokenizer = self.tokenizer(name)
+                asked = resolve(FinetuneOptions, dict(found), {}, where=f"stage {name}").vocab_size
+                settings["vocab_size"] = asked if tokenizer is None else len(tokenizer)
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
         return self.once(make, "config", str(sorted(found.items())))
 
@@ -239,8 +241,8 @@ def _arm(arm: Arm, reading: _Reading, seed: int, shared: dict[tuple[Any, ...], L
     recipe = reading.recipe
     settings = recipe.settings(arm, recipe.points(arm)[0])
     options = unlearn_options(recipe, settings, reading.folder, seed)
-    alike = ("forget_loss", "retain_loss", "retain_weight", "init", "rank", "targets", "tune", "dtype", "batch_size",
-             "grad_accum", "max_steps", "epochs", "forget", "retain", "max_length", "activation_checkpointing",
+    alike = ("forget_loss", "retain_loss", "retain_weight", "init", "rank", "targets", "tune", "tune_layers", "dtype",
+             "batch_size", "grad_accum", "max_steps", "epochs", "forget", "retain", "max_length", "activation_checkpointing",
              "importance_batch_size", "importance_memory")  # fmt: skip
     key = tuple(getattr(options, name) for name in alike)
     if key not in shared:
@@ -262,7 +264,7 @@ def _measured(options: UnlearnOptions, reading: _Reading) -> Line:
         partner = _longest(retain, options) if options.retain else None
         with _noted(reading.notes):
             footprint = unlearning_footprint(config, options, _longest(lengths, options), partner)
-    at_most = lengths is None or bool(options.retain and retain is None)
+    at_most = lengths is None or bool(options.retain and options.retain_weight and retain is None)
     return Line("", _steps(options, _count(lengths)), _count(forget), footprint, at_most)
 
 

@@ -133,7 +133,9 @@ def unlearning_footprint(config: Any, options: UnlearnOptions, forget: Batch, re
         adapter=adapter,
         gradients=moving,
         optimiser=2 * moving,
-        activations=_activations(model, [b for b, _ in passes], checkpointed=options.activation_checkpointing),
+        activations=_activations(
+            model, [b for b, _ in passes], checkpointed=options.activation_checkpointing, layers=options.tune_layers
+        ),
         head=head,
     )
 
@@ -169,12 +171,15 @@ def _adapted(model: nn.Module, layers: Layers, options: UnlearnOptions, *, ancho
     return adapted
 
 
-def _activations(model: nn.Module, batches: list[Batch], *, checkpointed: bool) -> int:
-    """Return the bytes that autograd keeps of one forward pass over each batch, each storage counted once."""
+def _activations(model: nn.Module, batches: list[Batch], *, checkpointed: bool, layers: int | None = None) -> int:
+    """Return the bytes that autograd keeps of one forward pass over each batch, each storage counted once.
+
+    `layers` is how many of the model's layers keep anything; None: all of them.
+    """
     found = sum(kept_bytes(model, batch) for batch in batches)
     if not checkpointed:
         return found
-    layers = int(getattr(_text_config(model), "num_hidden_layers", 1))
+    layers = layers or int(getattr(_text_config(model), "num_hidden_layers", 1))
     inputs = sum(batch.rows * batch.tokens for batch in batches) * _head(model).in_features * _width(model)
     return inputs * layers + found // layers  # each layer's input, and one layer at a time
 
