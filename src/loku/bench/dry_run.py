@@ -242,8 +242,8 @@ def _arm(arm: Arm, reading: _Reading, seed: int, shared: dict[tuple[Any, ...], L
     settings = recipe.settings(arm, recipe.points(arm)[0])
     options = unlearn_options(recipe, settings, reading.folder, seed)
     alike = ("forget_loss", "retain_loss", "retain_weight", "init", "rank", "targets", "tune", "tune_layers", "dtype",
-             "batch_size", "grad_accum", "max_steps", "epochs", "forget", "retain", "max_length", "activation_checkpointing",
-             "importance_batch_size", "importance_memory")  # fmt: skip
+             "batch_size", "grad_accum", "max_steps", "epochs", "forget", "retain", "max_length",
+             "activation_checkpointing", "importance_batch_size", "importance_memory")  # fmt: skip
     key = tuple(getattr(options, name) for name in alike)
     if key not in shared:
         shared[key] = _measured(options, reading)
