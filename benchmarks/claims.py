@@ -35,7 +35,7 @@ ARMS = {
     "IHL, LoRA": ("ihl from lora", "ihl from lora, rank 8"),
     "IHL, FILA: LoKU": ("LoKU", "ihl from fila, rank 8"),
 }
-LEFT = ("forget.probability", "forget.ma", "forget.regurgitation")  # what is left of the forget set, by suite
+LEFT = ("forget.ma", "forget.probability", "forget.regurgitation")  # what is left of the forget set, by suite
 HEAD = (
     "benchmark",
     "arm",
