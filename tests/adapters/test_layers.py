@@ -10,7 +10,7 @@ from loku.adapters.layers import check_rank, shortest_targets, target_layers, we
 from loku.errors import InputError
 
 PROJECTIONS = {
-    "llama": 7, "qwen3": 7, "mistral": 7, "gemma3_text": 7, "olmo2": 7,
+    "llama": 7, "qwen3": 7, "mistral": 7, "gemma3_text": 7, "olmo": 7, "olmo2": 7,
     "phi": 6, "phi3": 4, "gpt_neo": 6, "gpt_neox": 4, "gpt2": 4,
 }  # fmt: skip
 
