@@ -18,6 +18,7 @@ def test_both_halves_are_in_the_message():
 def test_suggestion_names_the_nearest_or_all():
     assert suggestion("forgt", ["forget", "retain"]) == "Did you mean 'forget'?"
     assert suggestion("zzz", ["b", "a"]) == "Valid names are: a, b."
+    assert suggestion("zzz", ["b, rank 4", "a"]) == "Valid names are: 'a', 'b, rank 4'."
 
 
 @pytest.mark.parametrize("kind", [LokuError, InputError, DivergenceError])

@@ -36,4 +36,6 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"Did you mean '{near[0]}'?"
+    if any("," in name for name in names):
+        names = [f"'{name}'" for name in names]
     return f"Valid names are: {', '.join(names)}."
