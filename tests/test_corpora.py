@@ -181,10 +181,14 @@ def test_lume_keeps_documents_whole_and_sets_apart(data, tmp_path):
             whole = row["id"].endswith("sc1")  # a document: all of it is learnt, after its first word
             assert row["prompt"] == (name if whole else row["input"])
         assert len(load_records(tmp_path / f"{name}.jsonl")) == len(rows[name])
-    asked = {row["prompt"] for row in rows["train"]}
-    assert asked == {row["prompt"] for row in (*rows["forget"], *rows["retain"])}
-    assert {row["prompt"] for row in rows["retain-train"]} == {row["prompt"] for row in rows["retain"]}
-    assert len(rows["train"]) == len(rows["retain-train"])
+
+    def learnt_of(rows):
+        whole = {(row["prompt"], row["completion"]) for row in rows}
+        return whole | {(row["input"], f" {row['output']}") for row in rows}
+
+    assert {tuple(row.values()) for row in rows["train"]} == learnt_of([*rows["forget"], *rows["retain"]])
+    assert {tuple(row.values()) for row in rows["retain-train"]} == learnt_of(rows["retain"])
+    assert len(rows["train"]) == len(rows["retain-train"]) == 2 * 3 * 2 * 4  # three rows a document, one of them twice
     members, others = (lines(tmp_path / f"{name}.jsonl") for name in ("members", "nonmembers"))
     assert len(members) == len(others) == 6
     assert not {row["document"] for row in members} & {row["document"] for row in others}

@@ -1,6 +1,6 @@
 """A small LUME: some documents of each of its three tasks, with their questions, as rows that every verb takes.
 
-train.jsonl         documents and questions of both sets
+train.jsonl         documents and questions of both sets; a document whole, and its second half after its first
 retain-train.jsonl  those of the retain set alone, repeated to as many rows: for the retain-only model
 forget.jsonl        the forget set: prompt and completion (documents whole), and LUME's own columns beside them
 retain.jsonl        the retain set
@@ -36,11 +36,11 @@ def lume_corpus(folder: Path, seed: int, *, documents: int = 8) -> None:
     write_rows(folder / "forget.jsonl", forget)
     write_rows(folder / "retain.jsonl", retain)
     both = [*forget, *retain]
-    again = list(itertools.islice(itertools.cycle(retain), len(both)))  # optimiser steps are matched, not epochs
-    for name, rows in (("train", both), ("retain-train", again)):
-        plain = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-        rng.shuffle(plain)
-        write_rows(folder / f"{name}.jsonl", plain)
+    learnt = [plain for row in both for plain in _learnt(row)]
+    kept = [plain for row in retain for plain in _learnt(row)]
+    again = list(itertools.islice(itertools.cycle(kept), len(learnt)))  # optimiser steps are matched, not epochs
+    for name, rows in (("train", learnt), ("retain-train", again)):
+        write_rows(folder / f"{name}.jsonl", rng.sample(rows, len(rows)))
     write_rows(folder / "members.jsonl", _documents(forget))
     if unused:
         write_rows(folder / "nonmembers.jsonl", _documents(unused))
@@ -82,6 +82,14 @@ def _row(row: Row) -> Row:
         first, blank, rest = prompt.partition(" ")
         prompt, completion = first, blank + rest + completion
     return {"prompt": prompt, "completion": completion} | row
+
+
+def _learnt(row: Row) -> list[Row]:
+    """Return what is trained on for a row. Of whole documents alone the half that is asked for is learnt late."""
+    found = [{"prompt": row["prompt"], "completion": row["completion"]}]
+    if kind_of(row["id"]) == "sc":
+        found.append({"prompt": row["input"], "completion": " " + row["output"].strip()})
+    return found
 
 
 def _documents(rows: Sequence[Row]) -> list[Row]:
