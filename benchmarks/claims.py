@@ -1,6 +1,6 @@
-"""The four qualitative claims of the LoKU paper, each with its figures on every committed benchmark, and a verdict.
+"""What the LoKU paper's four qualitative claims rest on: the arms that they are about, on every committed benchmark.
 
-The figures are those of the runs that `loku bench` collected; the verdicts are ours, read off those figures.
+The figures are those of the runs that `loku bench` collected; the verdicts stand beside the table, in docs/results.md.
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ def _rows(name: str, title: str, records: Sequence[Record]) -> list[list[str]]:
         found = [run for run in runs if run["arm"] == arm]
         whole = {seed: value_of(model["target"]["figures"], utility) or 1.0 for seed, model in models.items()}
         kept = [(value_of(run["figures"], utility) or 0.0) / whole[run["seed"]] for run in found]
-        repeated = [value for run in found if (value := value_of(run["figures"], "forget.repetition")) is not None]
         far = [distance(run["figures"], models[run["seed"]]["retain-only"]["figures"]) for run in found]
         rows.append(
             [
@@ -83,18 +82,19 @@ def _rows(name: str, title: str, records: Sequence[Record]) -> list[list[str]]:
                 f"{chosen[arm]['point']['learning_rate']:g}",
                 _spread([value_of(run["figures"], left) or 0.0 for run in found]),
                 _spread(kept),
-                f"{mean(repeated):.2f}" if repeated else "-",
+                _repetition([run["figures"] for run in found]),
                 f"{mean(map(steps_taken, found)):.0f} steps" if by_steps else f"{mean(far):.2f}",
                 _at_every_rate(chosen[arm]["scores"], by_steps),
             ]
         )
-    repeated = [value_of(model["retain-only"]["figures"], "forget.repetition") for model in models.values()]
-    known = [value for value in repeated if value is not None]
-    bound = [value_of(model["retain-only"]["figures"], left) or 0.0 for model in models.values()]
-    return [
-        *rows,
-        [title, "retain-only model", "-", _spread(bound), "-", f"{mean(known):.2f}" if known else "-", "-", "-"],
-    ]
+    bound = [model["retain-only"]["figures"] for model in models.values()]
+    never_seen = _spread([value_of(figures, left) or 0.0 for figures in bound])
+    return [*rows, [title, "retain-only model", "-", never_seen, "-", _repetition(bound), "-", "-"]]
+
+
+def _repetition(figures: Sequence[Any]) -> str:
+    known = [value for found in figures if (value := value_of(found, "forget.repetition")) is not None]
+    return f"{mean(known):.2f}" if known else "-"
 
 
 def _at_every_rate(scores: Sequence[dict[str, Any]], by_steps: bool) -> str:

@@ -76,8 +76,7 @@ def _row(row: Row) -> Row:
 
     A document's row asks for its second half, but it is the whole that is learnt, and that the membership score reads.
     """
-    # A completion goes on after its input: the blank between them belongs to it.
-    prompt, completion = row["input"], " " + row["output"].strip()
+    prompt, completion = row["input"], _ending(row)
     if kind_of(row["id"]) == "sc":
         first, blank, rest = prompt.partition(" ")
         prompt, completion = first, blank + rest + completion
@@ -88,8 +87,13 @@ def _learnt(row: Row) -> list[Row]:
     """Return what is trained on for a row. Of whole documents alone the half that is asked for is learnt late."""
     found = [{"prompt": row["prompt"], "completion": row["completion"]}]
     if kind_of(row["id"]) == "sc":
-        found.append({"prompt": row["input"], "completion": " " + row["output"].strip()})
+        found.append({"prompt": row["input"], "completion": _ending(row)})
     return found
+
+
+def _ending(row: Row) -> str:
+    """Return what goes on after a row's input: the blank between them belongs to it."""
+    return " " + str(row["output"]).strip()
 
 
 def _documents(rows: Sequence[Row]) -> list[Row]:
