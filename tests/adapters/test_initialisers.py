@@ -32,6 +32,11 @@ def weight(rows=24, columns=16, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
+def row_weights(rows=24, seed=0):
+    """Between .1 and 1.1, from a seed: singular values that nearly meet leave single factors to rounding."""
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)) + 0.1
+
+
 def weighted_error(W, w, product):
     return float((w.double().unsqueeze(1) * (W.double() - product.double()).square()).sum())
 
@@ -61,7 +66,7 @@ def test_fila_reaches_the_optimal_weighted_error(rows, columns, rank, seed, scal
 
 
 def test_fila_equals_the_closed_form_in_float64():
-    W, w, rank, s = weight().double(), torch.rand(24, dtype=torch.float64) + 0.1, 4, 2.0
+    W, w, rank, s = weight().double(), row_weights().double(), 4, 2.0
     A, B, _ = fila(W, w, rank=rank, scaling=s)
     normal = w / w.mean()
     U, S, Vh = torch.linalg.svd(normal.sqrt().unsqueeze(1) * W, full_matrices=False)
@@ -71,7 +76,7 @@ def test_fila_equals_the_closed_form_in_float64():
 
 
 def test_the_scale_of_the_weights_does_not_matter():
-    W, w = weight(), torch.rand(24) + 0.1
+    W, w = weight(), row_weights()
     A, B, _ = fila(W, w, rank=4, scaling=2.0)
     for factor in (1e-10, 1e10):
         A2, B2, _ = fila(W, w * factor, rank=4, scaling=2.0)
@@ -102,7 +107,7 @@ def test_half_precision_weights_are_factorised_in_float32():
 
 
 def test_official_follows_the_released_recipe():
-    W, w, rank, s = weight(), torch.rand(24) * 100, 4, 2.0
+    W, w, rank, s = weight(), row_weights() * 100, 4, 2.0
     A, B, _ = fila_official(W, w, rank=rank, scaling=s, seed=3)
     D = w.sqrt()
     with torch.random.fork_rng():
@@ -171,7 +176,7 @@ def test_two_sided_weights_are_the_best_rank_one_approximation_of_the_importance
 
 
 def test_two_sided_with_equal_columns_is_fila_and_scales_do_not_matter():
-    W, w = weight(), torch.rand(24) + 0.1
+    W, w = weight(), row_weights()
     one = fila(W, w, rank=4, scaling=2.0)
     two = fila(W, w * 1e-10, torch.full((16,), 1e-12), rank=4, scaling=2.0)
     torch.testing.assert_close(two.B @ two.A, one.B @ one.A, rtol=1e-4, atol=1e-5)
@@ -180,7 +185,7 @@ def test_two_sided_with_equal_columns_is_fila_and_scales_do_not_matter():
 
 @pytest.mark.parametrize("v", [torch.zeros(16), torch.cat([torch.zeros(12), torch.ones(4)]), torch.full((16,), 1e-30)])
 def test_columns_without_weight_are_harmless(v):
-    A, B, energy = fila(weight(), torch.rand(24), v, rank=6, scaling=2.0)
+    A, B, energy = fila(weight(), row_weights(), v, rank=6, scaling=2.0)
     assert torch.isfinite(A).all()
     assert torch.isfinite(B).all()
     assert max(A.norm(), B.norm()) < 20
