@@ -86,13 +86,16 @@ def leaderboard(name: str) -> str:
 def _what_ran(models: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     """Return how many runs there are, on what they ran and how long, and how many failed."""
     hours = sum(record["seconds"]["all"] for record in (*models, *runs)) / 3600
-    versions = runs[0]["versions"]
+    torch, transformers = (
+        " and ".join(dict.fromkeys(record["versions"][name] for record in (*models, *runs)))
+        for name in ("torch", "transformers")
+    )
     where = " and ".join(dict.fromkeys(_machine(run["hardware"]) for run in runs))
     seeds = len({run["seed"] for run in runs})
     return (
         f"{len(runs)} runs of {len({run['arm'] for run in runs})} arms on {seeds} seed{'s' * (seeds > 1)} and their "
-        f"models, tuning left out: {hours:.1f} hours on {where}; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Diverged: {sum(bool(run.get('error')) for run in runs) or 'none'}."
+        f"models, tuning left out: {hours:.1f} hours on {where}; torch {torch}, transformers "
+        f"{transformers}. Diverged: {sum(bool(run.get('error')) for run in runs) or 'none'}."
     )
 
 

@@ -118,10 +118,12 @@ def test_the_level_is_measured_where_a_suites_results_do_not_hold_it():
 def test_a_target_that_has_not_learnt_is_refused():
     recipe = parse_recipe(RECIPE, "recipe")
     check_memorised(recipe, {"values": {"forget.ma": {"mean": 0.81}}}, 3)
-    for figures in ({"forget.ma": {"mean": 0.79}}, {}):
-        with pytest.raises(InputError, match=r"seed 3 has forget\.ma") as error:
-            check_memorised(recipe, {"values": figures}, 3)
-        assert error.value.remedy
+    with pytest.raises(InputError, match=r"seed 3 has forget\.ma 0\.790") as error:
+        check_memorised(recipe, {"values": {"forget.ma": {"mean": 0.79}}}, 3)
+    assert "Train the stage 'target' longer" in error.value.remedy
+    with pytest.raises(InputError, match=r"asks for forget\.ma of the target, which is not measured") as error:
+        check_memorised(recipe, {"values": {}}, 3)
+    assert "name a figure" in error.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from loku.bench.store import run_file
 from loku.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+GRID = {"learning_rate": [1e-3, 3e-3]}
+TUNED = {"seeds": [5], "grid": GRID}
 MATRIX = {"name": "{method}, rank {rank}", "matrix": {"method": ["ihl", "graddiff"], "rank": [4, 8]}}
 
 
@@ -57,19 +59,25 @@ def stages(**changes):
         ({"arms": [{"name": "A", "forget": "x"}]}, "arm 'A' sets 'forget', which all arms must share.", "unlearn"),
         ({"arms": [{"name": "A", "eval_rows": 1}]}, "sets 'eval_rows', which all arms must share.", "unlearn"),
         ({"arms": [{"name": "A", "retain": "x"}], "measure": {}}, "arm 'A' sets 'retain', and is", "measure: {retain"),
+        ({"arms": [{"rank": 4}]}, "has an arm without name and method: {'rank': 4}.", "Give it a name"),
+        ({"measure": {"memorised": {"forget.probabilty": 0.8}}}, "unknown entry 'forget.probabilty'.", "probability'?"),
+        ({"measure": {"suite": "muse", "memorised": {"forget.ma": 0.8}}}, "entry 'forget.ma'.", "knowmem_forget"),
         ({"measure": {"forget": "x"}}, "measure has the unknown entry 'forget'.", "retain"),
         ({"seeds": []}, "r.yaml, seeds is [].", "Give a list of different whole numbers"),
         ({"seeds": [1, 1]}, "r.yaml, seeds is [1, 1].", "Give a list of different whole numbers"),
         ({"seeds": [True]}, "r.yaml, seeds is [True].", "Give a list of different whole numbers"),
         ({"seeds": [2**32]}, "r.yaml, seeds is [4294967296].", "Give a list of different whole numbers"),
         ({"tuning": {"grid": {}}}, "r.yaml, tuning seeds is None.", "Give a list"),
-        ({"tuning": {"seeds": [0, 5]}}, "r.yaml tunes on seeds that it reports ([0]).", "Tune on other seeds."),
+        ({"tuning": TUNED | {"seeds": [0, 5]}}, "r.yaml tunes on seeds that it reports ([0]).", "Tune on other seeds."),
         ({"tuning": {"seeds": [5], "choose": "best"}}, "tuning chooses by 'best'.", "Valid names are: closest, level."),
         ({"tuning": {"seeds": [5], "grid": {"rank": 4}}}, "grid 'rank' is 4.", "Give a list of values."),
         ({"tuning": {"seeds": [5], "grid": {"rnk": [4, 8]}}}, "has the unknown option 'rnk'.", "Did you mean 'rank'?"),
         ({"tuning": {"seeds": [5], "grid": {"max_length": [9]}}}, "'max_length', which all arms must share", "unlearn"),
-        ({"tuning": {"seeds": [5], "choose": "level"}}, "tuned by choose: level, but does not stop", "stop_at: level"),
-        ({"tuning": {"seeds": [5], "at": {"rank": 2}}, "arms": [MATRIX]}, "to be tuned at {'rank': 2}", "Add that arm"),
+        ({"tuning": TUNED | {"choose": "level"}}, "tuned by choose: level, but does not stop", "stop_at: level"),
+        ({"tuning": {"seeds": [5]}}, "r.yaml, tuning has no grid.", "Give grid: {learning_rate"),
+        ({"tuning": TUNED | {"at": {"rnk": 2}}}, "tuning: at has the unknown option 'rnk'.", "Did you mean 'rank'?"),
+        ({"tuning": TUNED | {"at": {"rank": 2}}}, "tuning: at has 'rank', which no arm sets.", "arms differ"),
+        ({"tuning": TUNED | {"at": {"rank": 2}}, "arms": [MATRIX]}, "to be tuned at {'rank': 2}", "Add that arm"),
         ({"noise_floor": -1}, "r.yaml, noise_floor is -1.", "Give a whole number, 0 or more."),
         ({"noise_floor": 1, "stages": {"target": {"model": "x"}}}, "has a noise_floor, but trains no", "Leave noise"),
         ({"corpus": {"kind": "fictoin"}}, "has a corpus of kind 'fictoin'.", "Did you mean 'fiction'?"),

@@ -23,12 +23,15 @@ from conftest import rows
 from loku import cli
 from loku.bench import runner
 from loku.bench.checks import check_inputs
+from loku.bench.models import build_models, unlearn_options
 from loku.bench.recipe import parse_recipe
 from loku.bench.runner import Grid
 from loku.bench.schedule import Schedule
-from loku.bench.store import read_collection
+from loku.bench.store import Task, read_collection
+from loku.bench.trial import run_trial
 from loku.bench.workers import Outcome, Processes, Workers, cores, default_count, workers
 from loku.errors import InputError
+from loku.runs import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -310,6 +313,23 @@ def test_wrong_calls_are_refused(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_another_benchmark_is_refused(capsys, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "recipe.yaml").write_text("name: other\n")
+    status, _, err = run(capsys, write_recipe(tmp_path), "--output", output)
+    assert status == 2
+    assert f"--output '{output}' holds the benchmark 'other'." in err.replace("\n", " ")
+    assert "Give tiny a folder of its own." in err
+    assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_dry_run_of_some_arms_shows_these(capsys, tmp_path):
+    recipe = write_recipe(tmp_path, **WHOLE)
+    status, out, _ = run(capsys, recipe, "--output", tmp_path / "out", "--dry-run", "--only", "Level")
+    assert (status, "Level" in out, "Exploding" in out) == (0, True, False)
+
+
 def test_a_dry_run_checks_and_prints_and_writes_nothing(capsys, tmp_path):
     recipe = write_recipe(tmp_path, **WHOLE, seconds={"models": 360, "trial": 36})
     status, out, _ = run(capsys, recipe, "--output", tmp_path / "out", "--dry-run", "--workers", 2)
@@ -334,7 +354,7 @@ def test_two_at_a_time_in_one_folder_are_refused(capsys, tmp_path):
 
 BAD_INPUT = [
     ({"stages": TINY["stages"] | {"target": STAGE | {"data": "none.jsonl"}}}, "stage 'target': data 'none.jsonl' does"),
-    ({"stages": TINY["stages"] | {"target": STAGE | {"data": "corpus/ful.jsonl"}}}, "corpus/ful.jsonl' does not exist"),
+    ({"stages": TINY["stages"] | {"target": STAGE | {"data": "corpus/ful.jsonl"}}}, "data 'corpus/ful.jsonl' does not"),
     ({"stages": TINY["stages"] | {"base": {"model": "./none"}}}, "stage 'base': model './none' does not exist"),
     ({"unlearn": TINY["unlearn"] | {"forget": "bad.jsonl"}}, "unlearn: forget 'bad.jsonl': line 1 is not JSON"),
     ({"unlearn": TINY["unlearn"] | {"holdout": "empty.jsonl"}}, "unlearn: holdout 'empty.jsonl' is empty"),
@@ -377,6 +397,54 @@ def test_a_model_and_rows_of_ones_own_are_checked_without_its_weights(tmp_path, 
         check_inputs(parse_recipe(value | {"unlearn": own | {"rank": 40}}, "r.yaml"), str(tmp_path / "out"))
     own_self = own | {"retain": "self", "rank": 40}  # cannot be sampled without weights: found out by its run
     check_inputs(parse_recipe(value | {"unlearn": own_self}, "r.yaml"), str(tmp_path / "out"))
+
+
+def test_rows_that_changed_are_refused_until_they_are_restored(tmp_path, model_folder):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain", "measured")}
+    for count, file in enumerate(files.values()):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(4, start=20 * count)))
+    value = tiny(
+        corpus=None, stages={"target": {"model": str(model_folder)}}, measure={"retain": str(files["measured"])},
+        unlearn=TINY["unlearn"] | {"forget": str(files["forget"]), "retain": str(files["retain"]), "max_steps": 1},
+    )  # fmt: skip
+    recipe, out = parse_recipe(value, "r.yaml"), str(tmp_path / "out")
+    build_models(Task("models", out, 0, recipe))
+    task = Task("trial", out, 0, recipe, recipe.arms[0], {})
+    for file in files.values():
+        before = file.read_text()
+        file.write_text(before.replace("In the town", "In a town"))
+        for refused in (lambda: run_trial(task), lambda: check_inputs(recipe, out)):
+            with pytest.raises(InputError) as caught:
+                refused()
+            assert caught.value.given == f"The rows '{file}' have changed since the models of seed 0 were made."
+            assert caught.value.remedy == "Restore them, or choose a new --output folder."
+        assert not list(Path(out, "runs").rglob("*"))
+        file.write_text(before)
+    check_inputs(recipe, out)
+    run_trial(task)
+    assert task.path.is_file()
+
+
+def test_a_run_that_is_refused_leaves_nothing_in_its_way(tmp_path, model_folder):
+    for count, name in enumerate(("forget", "retain")):
+        text = "".join(json.dumps(row) + "\n" for row in rows(4, start=20 * count))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    value = tiny(
+        corpus=None, stages={"target": {"model": str(model_folder)}}, measure={},
+        unlearn=TINY["unlearn"] | {"forget": str(tmp_path / "forget.jsonl"), "retain": str(tmp_path / "retain.jsonl")},
+    )  # fmt: skip
+    recipe, out = parse_recipe(value, "r.yaml"), str(tmp_path / "out")
+    build_models(Task("models", out, 0, recipe))
+    task = Task("trial", out, 0, recipe, recipe.arms[0], {})
+    work = task.path.with_suffix(".work")
+    folder = RunFolder.check(work, unlearn_options(recipe, recipe.settings(recipe.arms[0], {}), Path(), 0).as_dict())
+    folder.start("unlearn")
+    folder.update(data={"forget": {"sha256": "of other rows"}})  # what a killed run left, on an input that is gone
+    with pytest.raises(InputError, match="other input"):
+        run_trial(task)
+    assert not work.exists()
+    run_trial(task)
+    assert task.path.is_file()
 
 
 class FakeWorkers:

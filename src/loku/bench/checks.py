@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
 from loku.bench.attacking import check_attack
+from loku.bench.measure_plan import ROWS
 from loku.bench.models import (
     SETS,
+    by_name,
+    check_unchanged,
     has_level_model,
     located,
     measured_rows,
@@ -23,10 +26,10 @@ from loku.bench.models import (
     unlearn_options,
     watched_rows,
 )
-from loku.bench.recipe import CORPUS, MEASURED, TARGET, Recipe
-from loku.bench.store import models_folder
+from loku.bench.recipe import CORPUS, TARGET, Recipe
+from loku.bench.store import Record, models_folder, read_record
 from loku.corpora import write_corpus
-from loku.data.sources import load_records
+from loku.data.sources import RecordSet, load_records
 from loku.data.sources import load_rows as load_rows_with
 from loku.errors import InputError
 from loku.evaluation.lume import DOCUMENT
@@ -49,9 +52,12 @@ def check_inputs(recipe: Recipe, root: str) -> None:
     on, with a model without weights of the architecture that the target is trained from.
     """
     with _corpus(recipe, root) as folder:
-        for name, stage in recipe.stages.items():
-            _check_stage(name, stage, recipe, folder)
+        stages = {name: _check_stage(name, stage, recipe, folder) for name, stage in recipe.stages.items()}
         _check_sources(recipe, folder)
+        made = read_record(folder / "models.json")
+        if made is not None:
+            training = {name: rows for name, rows in stages.items() if rows is not None}
+            _check_unchanged(made, training, recipe, folder, recipe.model_seeds[0])
         if recipe.attack is not None:
             check_attack(recipe, folder)
         start = _start(recipe, TARGET)
@@ -69,16 +75,20 @@ def _corpus(recipe: Recipe, root: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         write_corpus(recipe.corpus, Path(temporary) / CORPUS, seed)
-        yield Path(temporary)
+        try:
+            yield Path(temporary)
+        except InputError as error:  # in the words of the recipe
+            raise InputError(error.given.replace(f"{temporary}/", ""), error.remedy) from None
 
 
-def _check_stage(name: str, stage: Any, recipe: Recipe, folder: Path) -> None:
-    """Check a stage's rows, and its model where that is none of the benchmark's own."""
+def _check_stage(name: str, stage: Any, recipe: Recipe, folder: Path) -> RecordSet | None:
+    """Check a stage's rows, and its model where that is none of the benchmark's own. Return what it is trained on."""
+    found: dict[str, RecordSet] = {}
     label = f"{recipe.name}, stage '{name}':"
     for key in ("data", "tokenizer_data"):
         if stage.get(key):
             source = located(str(stage[key]), recipe, folder)
-            load_records(source, option=f"{label} {key}", data_dir=stage.get("data_dir"))
+            found[key] = load_records(source, option=f"{label} {key}", data_dir=stage.get("data_dir"))
     if stage.get("new_model") and not Path(str(stage["new_model"])).is_file():
         raise InputError(f"{label} new_model '{stage['new_model']}' does not exist.", "Give a JSON file.")
     model = stage.get("model")
@@ -86,6 +96,7 @@ def _check_stage(name: str, stage: Any, recipe: Recipe, folder: Path) -> None:
         place = located(str(model), recipe, folder)
         load_config(check_model_source(place, option=f"{label} model"))
         load_tokenizer(place)
+    return found.get("data")
 
 
 def _check_sources(recipe: Recipe, folder: Path) -> None:
@@ -96,7 +107,7 @@ def _check_sources(recipe: Recipe, folder: Path) -> None:
         for name in SETS:
             if settings.get(name) and settings[name] != SELF:
                 sources.setdefault(str(settings[name]), (f"unlearn: {name}", settings.get("data_dir")))
-    for name in MEASURED:
+    for name in ROWS:
         if name in recipe.measure:
             sources.setdefault(str(recipe.measure[name]), (f"measure: {name}", recipe.unlearn.get("data_dir")))
     for source, (option, data_dir) in sources.items():
@@ -105,6 +116,14 @@ def _check_sources(recipe: Recipe, folder: Path) -> None:
             load_rows_with(place, DOCUMENT, option=label, data_dir=data_dir)
         else:
             load_records(place, option=label, data_dir=data_dir)
+
+
+def _check_unchanged(made: Record, training: Mapping[str, RecordSet], recipe: Recipe, folder: Path, seed: int) -> None:
+    """Check that rows are those that the seed's models were made with."""
+    options = shared_options(recipe, folder, seed)
+    unlearned = by_name(load_rows(options), folder)
+    measured = measured_rows(recipe, options, folder)
+    check_unchanged(made, {"data": measured, "trained_on": training, "unlearned": unlearned}, seed)
 
 
 def _start(recipe: Recipe, name: str) -> str | None:

@@ -92,9 +92,8 @@ def _row(label: str, role: str, records: Sequence[tuple[int, Record]], models: M
             add("distance", distance(figures, reference))
         for column, value in _relearned(record.get("relearning")).items():
             add(column, value)
-        if role == "unlearned":
-            if not record.get("error"):
-                add("steps", steps_taken(record))
+        if role == "unlearned" and not record.get("error"):
+            add("steps", steps_taken(record))
             add("seconds", record["seconds"].get("all"))
             peak = record.get("peak_memory_bytes")  # left out of runs that are also other runs' beginning
             add("peak MB", None if peak is None else peak / 1e6)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of, value_of
-from loku.bench.recipe import CORPUS, MEASURED, RETAIN_ONLY, TARGET, Recipe
+from loku.bench.measure_plan import ROWS
+from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, noise_count
 from loku.bench.suites import measure_suite
@@ -24,6 +25,7 @@ from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
 from loku.files import read_json, write_json
 from loku.finetune import finetune
+from loku.job import load_rows
 from loku.models import load_model, load_tokenizer, weights_sha256
 from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
 
@@ -62,6 +64,7 @@ def build_models(task: Task) -> None:
     record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "seed": task.seed, "models": {}}
     record["data"] = {name: found.sha256 for name, found in measured_rows(recipe, options, folder).items()}
     record["trained_on"] = {name: _trained_on(folder / name) for name in seconds}
+    record["unlearned"] = {name: found.sha256 for name, found in by_name(load_rows(options), folder).items()}
     for name in (TARGET, RETAIN_ONLY):
         if name in recipe.stages:
             record["models"][name] = _baseline(name, recipe, folder, options)
@@ -100,10 +103,30 @@ def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict
     return {name: load_records(found[name], option=name, data_dir=options.data_dir) for name in SETS if name in found}
 
 
+def by_name(rows: Iterable[RecordSet | str | None], folder: Path) -> dict[str, RecordSet]:
+    """Return the sets that are rows, and not to be sampled from the model, by what the recipe calls them."""
+    return {recipe_name(found.name, folder): found for found in rows if isinstance(found, RecordSet)}
+
+
+def check_unchanged(made: Mapping[str, Any], rows: Mapping[str, Mapping[str, RecordSet]], seed: int) -> None:
+    """Raise InputError for rows that are not those that a seed's models were made with; `made` is its models.json.
+
+    `rows` are by use ("data": measured, "trained_on", "unlearned") and name. Runs on other rows would stand in one
+    table with those that are there, under the same names.
+    """
+    for use, found in rows.items():
+        for name, own in found.items():
+            if made.get(use, {}).get(name, own.sha256) != own.sha256:
+                raise InputError(
+                    f"The rows '{own.name}' have changed since the models of seed {seed} were made.",
+                    "Restore them, or choose a new --output folder.",
+                )
+
+
 def measured_sources(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, str]:
     """Return where the rows of every measured set are: those of unlearning, unless `measure:` names others."""
     given = {name: getattr(options, name) for name in SETS}
-    given |= {name: located(recipe.measure[name], recipe, folder) for name in MEASURED if name in recipe.measure}
+    given |= {name: located(recipe.measure[name], recipe, folder) for name in ROWS if name in recipe.measure}
     return {name: source for name, source in given.items() if source and source != "self"}
 
 
@@ -158,10 +181,13 @@ def check_memorised(recipe: Recipe, figures: dict[str, Any], seed: int) -> None:
     """Raise InputError where the target knows the forget set less well than the recipe's `memorised` asks for."""
     for name, least in recipe.measure.get("memorised", {}).items():
         value = value_of(figures, name)
-        if value is None or value < least:
+        if value is None:
+            given = f"{recipe.name} asks for {name} of the target, which is not measured on these rows."
+            raise InputError(given, "Under measure: memorised, name a figure of leaderboard.md that they have.")
+        if value < least:
             raise InputError(
-                f"The target of seed {seed} has {name} {'unmeasured' if value is None else f'{value:.3f}'}, "
-                f"and {recipe.name} asks for {least}: it has not learnt what it is to forget.",
+                f"The target of seed {seed} has {name} {value:.3f}, and {recipe.name} asks for {least}: "
+                "it has not learnt what it is to forget.",
                 "Train the stage 'target' longer or at a higher rate; what is not known cannot be unlearned.",
             )
 

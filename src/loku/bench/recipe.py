@@ -13,8 +13,7 @@
       max_steps: 100
     measure:                                   # optional
       retain: corpus/retain.jsonl              # rows measured in place of those trained on
-      suite: own                               # or tofu, tdec, muse, lume: see loku.bench.suites
-      memorised: {forget.probability: 0.8}     # what the target must reach, or there is nothing to unlearn
+      memorised: {forget.probability: 0.8}     # what the target must reach; see loku.bench.measure_plan
     relearn: {share: 0.25, steps: 20}          # optional: the relearning attack after every run
     attack: {attacks: all, arms: [GA]}         # optional: attacks on reported runs, see loku.bench.attack_plan
     arms:
@@ -48,6 +47,7 @@ from typing import Any
 
 from loku.bench.attack_plan import AttackPlan, read_attack
 from loku.bench.extending import read_yaml
+from loku.bench.measure_plan import read_measure
 from loku.bench.tuning_plan import Tuning, read_tuning
 from loku.bench.values import read_count, read_list, read_mapping, read_number, read_numbers, read_seeds
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
@@ -57,8 +57,6 @@ from loku.methods import METHODS
 from loku.options import Options
 
 TARGET, RETAIN_ONLY, CORPUS = "target", "retain-only", "corpus"
-MEASURED = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
-MEASURING = ("own", "tofu", "tdec", "muse", "lume")
 RELEARN: dict[str, Any] = {"share": 0.25, "steps": 20, "learning_rate": 5e-4, "every": 5}
 # What all models of a benchmark are measured by: the same for all arms, or their figures could not be compared.
 SHARED = ("forget", "general", "holdout", "eval_rows", "max_length", "max_new_tokens", "prompt_template", "dtype")
@@ -173,7 +171,7 @@ def parse_recipe(value: Any, where: str) -> Recipe:
         corpus=_corpus(parts.get("corpus"), where),
         stages=stages,
         unlearn=unlearn,
-        measure=_measure(measure, f"{where}, measure"),
+        measure=read_measure(measure, f"{where}, measure"),
         relearn=None
         if relearn is None
         else _relearn(read_mapping(relearn, f"{where}, relearn", tuple(RELEARN)), where),
@@ -207,18 +205,6 @@ def _corpus(value: Any, where: str) -> dict[str, Any] | None:
     return corpus
 
 
-def _measure(value: Any, where: str) -> dict[str, Any]:
-    found = read_mapping(value, where, (*MEASURED, "suite", "corpus", "memorised"))
-    if found.get("suite", "own") not in MEASURING:
-        raise InputError(f"{where} by suite '{found['suite']}'.", suggestion(str(found["suite"]), MEASURING))
-    for name in (name for name in MEASURED if not isinstance(found.get(name, ""), str)):
-        raise InputError(f"{where} has {name}: {found[name]!r}.", "Give the name of a file or data set.")
-    for name, least in read_mapping(found.get("memorised", {}), f"{where}, memorised").items():
-        if isinstance(least, bool) or not isinstance(least, int | float):
-            raise InputError(f"{where}, memorised has {name}: {least!r}.", "Give the least value, such as 0.8.")
-    return found
-
-
 def _config(value: Any, where: str) -> dict[str, Any] | str | None:
     if value is None or (isinstance(value, str) and Path(value).is_file()):
         return value
@@ -247,6 +233,9 @@ def _arms(value: Any, where: str) -> tuple[Arm, ...]:
     arms = [arm for i, item in enumerate(value) for arm in _expand(read_mapping(item, f"{where}, arm {i}"), where)]
     slugs = [arm.slug for arm in arms]
     for arm in arms:
+        if not arm.name:
+            given = f"{where} has an arm without name and method: {dict(arm.options)}."
+            raise InputError(given, "Give it a name, such as {name: GA, method: ga}.")
         if not arm.slug or slugs.count(arm.slug) > 1:
             raise InputError(f"{where} has two arms called '{arm.name}'.", "Give every arm a name of its own.")
     return tuple(arms)
@@ -327,6 +316,16 @@ def _check_arms(recipe: Recipe, where: str) -> None:
                 f"{label} is to be tuned at {dict(at)}, but no arm of its kind has these values.",
                 "Add that arm, or leave out tuning: {at}.",
             )
+    _check_at(recipe, f"{where}, tuning: at")
+
+
+def _check_at(recipe: Recipe, where: str) -> None:
+    names = UnlearnOptions.fields()
+    for name in recipe.tuning.at:
+        if name not in names:
+            raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, names))
+        if not any(name in arm.options for arm in recipe.arms):
+            raise InputError(f"{where} has '{name}', which no arm sets.", "Name options in which arms differ.")
 
 
 def _refuse(

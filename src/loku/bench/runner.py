@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loku.bench.checks import check_inputs
 from loku.bench.compact import compact
-from loku.bench.extending import plain_text
+from loku.bench.extending import plain_text, read_yaml
 from loku.bench.leaderboard import write_leaderboard
 from loku.bench.recipe import Recipe, load_recipe
 from loku.bench.schedule import Schedule
@@ -36,13 +36,15 @@ def bench(options: BenchOptions) -> Path:
     check_backend(options.backend, options.ray_address)
     _check_names(options.only, recipe)
     root = check_output_folder(options.output or f"bench/{recipe.name}").absolute()
+    _check_root(root, recipe)
     schedule = Schedule(recipe, str(root), tuple(options.only))
     if schedule.ready() and not options.dry_run:
         check_inputs(recipe, str(root))
     gpu = recipe.unlearn.get("device") != "cpu"
     console.print(describe(schedule, options.workers or (default_count(gpu=gpu) if options.backend == "local" else 0)))
     if options.dry_run:
-        _resolve(recipe, root)
+        _resolve(replace(recipe, arms=tuple(schedule.arms)))
+        check_inputs(recipe, str(root))
         return root
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root):
@@ -67,15 +69,14 @@ def bench(options: BenchOptions) -> Path:
     return page
 
 
-def _resolve(recipe: Recipe, root: Path) -> None:
-    """Print what every stage and arm would do and need, then check the inputs. What is out of reach is said first."""
+def _resolve(recipe: Recipe) -> None:
+    """Print what every stage and arm would do and need, and what is out of reach."""
     from loku.bench.dry_run import dry_run
 
     resolved = dry_run(recipe)
     console.print(resolved.table())
     for note in resolved.notes:
         console.print(f"note: {note}")
-    check_inputs(recipe, str(root))
 
 
 def _check_names(only: list[str], recipe: Recipe) -> None:
@@ -83,6 +84,14 @@ def _check_names(only: list[str], recipe: Recipe) -> None:
     for name in only:
         if name not in names:
             raise InputError(f"--only '{name}' is no arm of {recipe.name}.", suggestion(name, names))
+
+
+def _check_root(root: Path, recipe: Recipe) -> None:
+    """Refuse the folder of another benchmark: its page and collected runs would be written over."""
+    kept = root / "recipe.yaml"
+    name = read_yaml(kept).get("name") if kept.is_file() else None
+    if name not in (None, recipe.name):
+        raise InputError(f"--output '{root}' holds the benchmark '{name}'.", f"Give {recipe.name} a folder of its own.")
 
 
 def describe(schedule: Schedule, workers: int) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from loku.bench.attacking import attack_run
 from loku.bench.figures import figures_of
 from loku.bench.models import (
+    by_name,
+    check_unchanged,
     has_level_model,
     located,
     measure,
@@ -23,7 +25,7 @@ from loku.bench.models import (
 )
 from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
-from loku.bench.store import SCHEMA_VERSION, Task, models_folder, read_record
+from loku.bench.store import SCHEMA_VERSION, Record, Task, models_folder, read_record
 from loku.errors import DivergenceError, InputError
 from loku.files import read_json, write_json
 from loku.job import Job, load_rows, load_target, prepare
@@ -59,25 +61,29 @@ def run_trial(task: Task) -> None:
     work = task.path.with_suffix(".work")
     start = time.monotonic()
     try:
-        record |= _unlearn(task, options, folder, work)
+        record |= _unlearn(task, options, models, work)
         record["error"] = None
     except DivergenceError as error:
         record |= _known(read_json(work / "run.json"), work, folder) | {"figures": None, "error": error.given}
+    except InputError:  # a later call may be given what can be used: nothing of this one is in its way
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
     record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
     write_json(task.path, record)
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _unlearn(task: Task, options: Any, folder: Path, work: Path) -> dict[str, Any]:
+def _unlearn(task: Task, options: Any, models: Record, work: Path) -> dict[str, Any]:
     """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
-    recipe = task.recipe
-    run = reopened(work, options.as_dict())
+    recipe, folder = task.recipe, models_folder(task.root, task.recipe, task.seed)
     forget, retain = load_rows(options)
+    rows = measured_rows(recipe, options, folder)
+    check_unchanged(models, {"data": rows, "unlearned": by_name((forget, retain), folder)}, task.seed)
+    run = reopened(work, options.as_dict())
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     model = load_target(options)
     job = prepare(model, tokenizer, forget, retain, options)
-    rows = measured_rows(recipe, options, folder)
     target = results_file(folder, TARGET)
     watched = watched_rows(rows, _level_source(job, recipe, folder), target)
     result = run_job(job, run, options, watched)

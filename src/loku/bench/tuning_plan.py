@@ -54,6 +54,8 @@ def read_tuning(value: Any, where: str, arms: Sequence[str]) -> Tuning:
         raise InputError(f"{where}, tuning chooses by '{rule}'.", suggestion(rule, RULES))
     points = tuple(dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
     seeds = read_seeds(parts.get("seeds"), f"{where}, tuning seeds")
+    if not grid:
+        raise InputError(f"{where}, tuning has no grid.", "Give grid: {learning_rate: [1e-3, 3e-3]}, or no tuning.")
     return Tuning(seeds, points, rule, read_mapping(parts.get("at", {}), f"{where}, tuning at"))
 
 
