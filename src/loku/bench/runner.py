@@ -98,11 +98,12 @@ def describe(schedule: Schedule, workers: int) -> str:
     """Return what a benchmark is to do, and its core-hours."""
     recipe, counts = schedule.recipe, schedule.counts()
     hours = schedule.core_hours()
+    arms = "1 arm" if len(schedule.arms) == 1 else f"{len(schedule.arms)} arms"
     attacked = f", {counts['attacks']} sets of models under attack" if counts["attacks"] else ""
     cost = "unknown until the first runs are done" if hours is None else f"about {hours:.2f} core-hours"
     return (
-        f"{recipe.title}: {len(schedule.arms)} arms, seeds {', '.join(map(str, recipe.seeds))}; {counts['models']} "
-        f"sets of models, {counts['tuning']} tuning runs, {counts['final']} runs{attacked}; {schedule.done()} done.\n"
+        f"{recipe.title}: {arms}, seeds {', '.join(map(str, recipe.seeds))}; {counts['models']} sets of models, "
+        f"{counts['tuning']} tuning runs, {counts['final']} runs{attacked}; {schedule.done()} done.\n"
         f"Still to come: {cost}, on {workers or 'all'} workers."
     )
 
