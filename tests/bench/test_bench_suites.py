@@ -123,7 +123,7 @@ def test_a_target_that_has_not_learnt_is_refused():
     assert "Train the stage 'target' longer" in error.value.remedy
     with pytest.raises(InputError, match=r"asks for forget\.ma of the target, which is not measured") as error:
         check_memorised(recipe, {"values": {}}, 3)
-    assert "name a figure" in error.value.remedy
+    assert "name another score" in error.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -316,10 +316,10 @@ def test_wrong_calls_are_refused(capsys, tmp_path):
 def test_the_folder_of_another_benchmark_is_refused(capsys, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "recipe.yaml").write_text("name: other\n")
+    (output / "recipe.yaml").write_text("name: 50\n")
     status, _, err = run(capsys, write_recipe(tmp_path), "--output", output)
     assert status == 2
-    assert f"--output '{output}' holds the benchmark 'other'." in err.replace("\n", " ")
+    assert f"--output '{output}' holds the benchmark '50'." in err.replace("\n", " ")
     assert "Give tiny a folder of its own." in err
     assert [path.name for path in output.iterdir()] == ["recipe.yaml"]
 
@@ -400,11 +400,13 @@ def test_a_model_and_rows_of_ones_own_are_checked_without_its_weights(tmp_path, 
 
 
 def test_rows_that_changed_are_refused_until_they_are_restored(tmp_path, model_folder):
-    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain", "measured")}
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain", "measured", "validation")}
     for count, file in enumerate(files.values()):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows(4, start=20 * count)))
     value = tiny(
-        corpus=None, stages={"target": {"model": str(model_folder)}}, measure={"retain": str(files["measured"])},
+        corpus=None, stages={"target": {"model": str(model_folder)}},
+        measure={"retain": str(files["measured"]), "validation": str(files["validation"])},
+        tuning={"seeds": [7], "grid": {"learning_rate": [1e-3]}},  # nothing to choose: its seed has no models
         unlearn=TINY["unlearn"] | {"forget": str(files["forget"]), "retain": str(files["retain"]), "max_steps": 1},
     )  # fmt: skip
     recipe, out = parse_recipe(value, "r.yaml"), str(tmp_path / "out")
@@ -416,7 +418,8 @@ def test_rows_that_changed_are_refused_until_they_are_restored(tmp_path, model_f
         for refused in (lambda: run_trial(task), lambda: check_inputs(recipe, out)):
             with pytest.raises(InputError) as caught:
                 refused()
-            assert caught.value.given == f"The rows '{file}' have changed since the models of seed 0 were made."
+            given = f"The rows '{file}' are not those of the models of seed 0: they have changed since."
+            assert caught.value.given == given
             assert caught.value.remedy == "Restore them, or choose a new --output folder."
         assert not list(Path(out, "runs").rglob("*"))
         file.write_text(before)
@@ -425,7 +428,30 @@ def test_rows_that_changed_are_refused_until_they_are_restored(tmp_path, model_f
     assert task.path.is_file()
 
 
-def test_a_run_that_is_refused_leaves_nothing_in_its_way(tmp_path, model_folder):
+def test_an_arms_own_rows_are_the_same_on_all_seeds(tmp_path, model_folder):
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain", "own")}
+    for count, file in enumerate(files.values()):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(4, start=20 * count)))
+    value = tiny(
+        corpus=None, stages={"target": {"model": str(model_folder)}}, measure={"retain": str(files["retain"])},
+        unlearn=TINY["unlearn"] | {"forget": str(files["forget"]), "retain": str(files["retain"]), "max_steps": 1},
+        arms=[{"name": "Own", "method": "ihl", "retain": str(files["own"])}], seeds=[0, 1],
+    )  # fmt: skip
+    recipe, out = parse_recipe(value, "r.yaml"), str(tmp_path / "out")
+    for seed in recipe.seeds:
+        build_models(Task("models", out, seed, recipe))
+    first, second = (Task("trial", out, seed, recipe, recipe.arms[0], {}) for seed in recipe.seeds)
+    run_trial(first)
+    before = files["own"].read_text()
+    files["own"].write_text(before.replace("In the town", "In a town"))
+    with pytest.raises(InputError, match=f"The rows '{files['own']}' are not those of the run of seed 0"):
+        run_trial(second)
+    files["own"].write_text(before)
+    run_trial(second)
+    assert second.path.is_file()
+
+
+def test_what_a_killed_run_on_other_rows_left_is_made_anew(tmp_path, model_folder):
     for count, name in enumerate(("forget", "retain")):
         text = "".join(json.dumps(row) + "\n" for row in rows(4, start=20 * count))
         (tmp_path / f"{name}.jsonl").write_text(text)
@@ -440,11 +466,9 @@ def test_a_run_that_is_refused_leaves_nothing_in_its_way(tmp_path, model_folder)
     folder = RunFolder.check(work, unlearn_options(recipe, recipe.settings(recipe.arms[0], {}), Path(), 0).as_dict())
     folder.start("unlearn")
     folder.update(data={"forget": {"sha256": "of other rows"}})  # what a killed run left, on an input that is gone
-    with pytest.raises(InputError, match="other input"):
-        run_trial(task)
-    assert not work.exists()
     run_trial(task)
     assert task.path.is_file()
+    assert not work.exists()
 
 
 class FakeWorkers:

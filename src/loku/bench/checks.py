@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from loku.assessment import check_rows
 from loku.bench.attacking import check_attack
-from loku.bench.measure_plan import ROWS
+from loku.bench.measure_plan import DOCUMENTS, ROWS
 from loku.bench.models import (
     SETS,
+    all_measured_rows,
     by_name,
     check_unchanged,
     has_level_model,
@@ -27,9 +28,9 @@ from loku.bench.models import (
     watched_rows,
 )
 from loku.bench.recipe import CORPUS, TARGET, Recipe
-from loku.bench.store import Record, models_folder, read_record
+from loku.bench.store import models_folder, read_record
 from loku.corpora import write_corpus
-from loku.data.sources import RecordSet, load_records
+from loku.data.sources import RecordSet, Rows, load_records
 from loku.data.sources import load_rows as load_rows_with
 from loku.errors import InputError
 from loku.evaluation.lume import DOCUMENT
@@ -54,10 +55,7 @@ def check_inputs(recipe: Recipe, root: str) -> None:
     with _corpus(recipe, root) as folder:
         stages = {name: _check_stage(name, stage, recipe, folder) for name, stage in recipe.stages.items()}
         _check_sources(recipe, folder)
-        made = read_record(folder / "models.json")
-        if made is not None:
-            training = {name: rows for name, rows in stages.items() if rows is not None}
-            _check_unchanged(made, training, recipe, folder, recipe.model_seeds[0])
+        _check_unchanged({name: rows for name, rows in stages.items() if rows is not None}, recipe, root)
         if recipe.attack is not None:
             check_attack(recipe, folder)
         start = _start(recipe, TARGET)
@@ -112,18 +110,31 @@ def _check_sources(recipe: Recipe, folder: Path) -> None:
             sources.setdefault(str(recipe.measure[name]), (f"measure: {name}", recipe.unlearn.get("data_dir")))
     for source, (option, data_dir) in sources.items():
         place, label = located(source, recipe, folder), f"{recipe.name}, {option}"
-        if option.endswith("members"):
+        if option.removeprefix("measure: ") in DOCUMENTS:
             load_rows_with(place, DOCUMENT, option=label, data_dir=data_dir)
         else:
             load_records(place, option=label, data_dir=data_dir)
 
 
-def _check_unchanged(made: Record, training: Mapping[str, RecordSet], recipe: Recipe, folder: Path, seed: int) -> None:
-    """Check that rows are those that the seed's models were made with."""
-    options = shared_options(recipe, folder, seed)
-    unlearned = by_name(load_rows(options), folder)
-    measured = measured_rows(recipe, options, folder)
-    check_unchanged(made, {"data": measured, "trained_on": training, "unlearned": unlearned}, seed)
+def _check_unchanged(stages: Mapping[str, RecordSet], recipe: Recipe, root: str) -> None:
+    """Check that rows are those of the models in the output folder: of the first seed that has any.
+
+    `stages` are the rows that stages are trained on; those of a corpus are made anew for every seed.
+    """
+    for seed in recipe.model_seeds:
+        folder = models_folder(root, recipe, seed)
+        made = read_record(folder / "models.json")
+        if made is None:
+            continue
+        options = shared_options(recipe, folder, seed)
+        own = {n: rows for n, rows in stages.items() if not str(recipe.stages[n]["data"]).startswith(f"{CORPUS}/")}
+        rows: dict[str, Mapping[str, RecordSet | Rows]] = {
+            "data": all_measured_rows(recipe, options, folder),
+            "trained_on": own,
+            "unlearned": by_name(load_rows(options), folder),
+        }
+        check_unchanged(made, rows, f"the models of seed {seed}")
+        return
 
 
 def _start(recipe: Recipe, name: str) -> str | None:

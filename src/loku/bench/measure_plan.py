@@ -15,7 +15,8 @@ from typing import Any
 from loku.bench.values import read_mapping
 from loku.errors import InputError, suggestion
 
-ROWS = ("retain", "validation", "cloze", "members", "nonmembers")  # rows that `measure` can name
+DOCUMENTS = ("members", "nonmembers")
+ROWS = ("retain", "validation", "cloze", *DOCUMENTS)  # rows that `measure` can name
 ANSWERS = (
     "forget.probability", "forget.rougeL_recall", "forget.exact_match", "forget.exact_memorisation",
     "forget.extraction_strength",
@@ -24,9 +25,9 @@ ANSWERS = (
 MEMORISED = {
     "own": ANSWERS,
     "tofu": ANSWERS,
-    "tdec": ("forget.probability", "forget.ma", "forget.el_10"),
-    "muse": ("verbmem_forget", "knowmem_forget"),
-    "lume": ("forget.regurgitation", "forget.knowledge", "forget.exact_memorisation"),
+    "tdec": ("forget.probability", "forget.ma", "forget.el_10", "forget.exact_memorisation"),
+    "muse": ("verbmem_forget", "knowmem_forget", "forget.exact_memorisation", "forget.extraction_strength"),
+    "lume": ("forget.regurgitation", "forget.knowledge"),
 }
 
 

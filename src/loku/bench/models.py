@@ -10,7 +10,7 @@ from typing import Any
 
 from loku.assessment_rows import AssessmentRows
 from loku.bench.figures import figures_of, value_of
-from loku.bench.measure_plan import ROWS
+from loku.bench.measure_plan import DOCUMENTS, ROWS
 from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Task, noise_count
@@ -18,8 +18,10 @@ from loku.bench.suites import measure_suite
 from loku.config import FinetuneOptions, UnlearnOptions, resolve
 from loku.corpora import write_corpus
 from loku.data.prompts import resolve_template
-from loku.data.sources import RecordSet, load_records
+from loku.data.sources import RecordSet, Rows, load_records
+from loku.data.sources import load_rows as load_columns
 from loku.errors import InputError
+from loku.evaluation.lume import DOCUMENT
 from loku.evaluation.own import evaluate_own
 from loku.evaluation.reference import load_reference
 from loku.evaluation.results import Results, read_results, write_results
@@ -62,7 +64,7 @@ def build_models(task: Task) -> None:
             seconds[name] = _train(name, recipe, folder, task.seed)
     options = shared_options(recipe, folder, task.seed)
     record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "seed": task.seed, "models": {}}
-    record["data"] = {name: found.sha256 for name, found in measured_rows(recipe, options, folder).items()}
+    record["data"] = {name: found.sha256 for name, found in all_measured_rows(recipe, options, folder).items()}
     record["trained_on"] = {name: _trained_on(folder / name) for name in seconds}
     record["unlearned"] = {name: found.sha256 for name, found in by_name(load_rows(options), folder).items()}
     for name in (TARGET, RETAIN_ONLY):
@@ -103,13 +105,25 @@ def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict
     return {name: load_records(found[name], option=name, data_dir=options.data_dir) for name in SETS if name in found}
 
 
+def all_measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, RecordSet | Rows]:
+    """Return these sets, and the rows that suites alone read: validation, cloze, members, nonmembers."""
+    found: dict[str, RecordSet | Rows] = {**measured_rows(recipe, options, folder)}
+    for name in (name for name in ROWS if name not in SETS and name in recipe.measure):
+        place, data_dir = located(recipe.measure[name], recipe, folder), options.data_dir
+        if name in DOCUMENTS:
+            found[name] = load_columns(place, DOCUMENT, option=name, data_dir=data_dir)
+        else:
+            found[name] = load_records(place, option=name, data_dir=data_dir)
+    return found
+
+
 def by_name(rows: Iterable[RecordSet | str | None], folder: Path) -> dict[str, RecordSet]:
     """Return the sets that are rows, and not to be sampled from the model, by what the recipe calls them."""
     return {recipe_name(found.name, folder): found for found in rows if isinstance(found, RecordSet)}
 
 
-def check_unchanged(made: Mapping[str, Any], rows: Mapping[str, Mapping[str, RecordSet]], seed: int) -> None:
-    """Raise InputError for rows that are not those that a seed's models were made with; `made` is its models.json.
+def check_unchanged(made: Mapping[str, Any], rows: Mapping[str, Mapping[str, RecordSet | Rows]], what: str) -> None:
+    """Raise InputError for rows that are not those that `what` was made with, by the hashes in its JSON, `made`.
 
     `rows` are by use ("data": measured, "trained_on", "unlearned") and name. Runs on other rows would stand in one
     table with those that are there, under the same names.
@@ -118,7 +132,7 @@ def check_unchanged(made: Mapping[str, Any], rows: Mapping[str, Mapping[str, Rec
         for name, own in found.items():
             if made.get(use, {}).get(name, own.sha256) != own.sha256:
                 raise InputError(
-                    f"The rows '{own.name}' have changed since the models of seed {seed} were made.",
+                    f"The rows '{own.name}' are not those of {what}: they have changed since.",
                     "Restore them, or choose a new --output folder.",
                 )
 
@@ -183,7 +197,7 @@ def check_memorised(recipe: Recipe, figures: dict[str, Any], seed: int) -> None:
         value = value_of(figures, name)
         if value is None:
             given = f"{recipe.name} asks for {name} of the target, which is not measured on these rows."
-            raise InputError(given, "Under measure: memorised, name a figure of leaderboard.md that they have.")
+            raise InputError(given, "Under measure: memorised, name another score.")
         if value < least:
             raise InputError(
                 f"The target of seed {seed} has {name} {value:.3f}, and {recipe.name} asks for {least}: "

@@ -324,8 +324,6 @@ def _check_at(recipe: Recipe, where: str) -> None:
     for name in recipe.tuning.at:
         if name not in names:
             raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, names))
-        if not any(name in arm.options for arm in recipe.arms):
-            raise InputError(f"{where} has '{name}', which no arm sets.", "Name options in which arms differ.")
 
 
 def _refuse(

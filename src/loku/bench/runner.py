@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -89,8 +89,9 @@ def _check_names(only: list[str], recipe: Recipe) -> None:
 def _check_root(root: Path, recipe: Recipe) -> None:
     """Refuse the folder of another benchmark: its page and collected runs would be written over."""
     kept = root / "recipe.yaml"
-    name = read_yaml(kept).get("name") if kept.is_file() else None
-    if name not in (None, recipe.name):
+    found = read_yaml(kept) if kept.is_file() else None
+    name = str(found.get("name")) if isinstance(found, Mapping) else recipe.name
+    if name != recipe.name:
         raise InputError(f"--output '{root}' holds the benchmark '{name}'.", f"Give {recipe.name} a folder of its own.")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loku.bench.attacking import attack_run
 from loku.bench.figures import figures_of
 from loku.bench.models import (
+    all_measured_rows,
     by_name,
     check_unchanged,
     has_level_model,
@@ -23,15 +25,16 @@ from loku.bench.models import (
     unlearn_options,
     watched_rows,
 )
-from loku.bench.recipe import RETAIN_ONLY, TARGET, Recipe
+from loku.bench.recipe import CORPUS, RETAIN_ONLY, TARGET, Recipe
 from loku.bench.relearning import relearned
 from loku.bench.store import SCHEMA_VERSION, Record, Task, models_folder, read_record
+from loku.data.sources import RecordSet
 from loku.errors import DivergenceError, InputError
 from loku.files import read_json, write_json
 from loku.job import Job, load_rows, load_target, prepare
-from loku.models import load_tokenizer
-from loku.runs import hardware, peak_memory_bytes, versions
-from loku.training import run_job
+from loku.models import load_tokenizer, weights_sha256
+from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
+from loku.training import describe_data, run_job
 
 KEPT = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data", "adapter")
 
@@ -65,9 +68,6 @@ def run_trial(task: Task) -> None:
         record["error"] = None
     except DivergenceError as error:
         record |= _known(read_json(work / "run.json"), work, folder) | {"figures": None, "error": error.given}
-    except InputError:  # a later call may be given what can be used: nothing of this one is in its way
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     record |= {"versions": versions(), "hardware": hardware(), "peak_memory_bytes": peak_memory_bytes()}
     record.setdefault("seconds", {})["all"] = round(time.monotonic() - start, 2)
     write_json(task.path, record)
@@ -78,12 +78,14 @@ def _unlearn(task: Task, options: Any, models: Record, work: Path) -> dict[str, 
     """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
     recipe, folder = task.recipe, models_folder(task.root, task.recipe, task.seed)
     forget, retain = load_rows(options)
-    rows = measured_rows(recipe, options, folder)
-    check_unchanged(models, {"data": rows, "unlearned": by_name((forget, retain), folder)}, task.seed)
-    run = reopened(work, options.as_dict())
+    rows, measured = measured_rows(recipe, options, folder), all_measured_rows(recipe, options, folder)
+    trained = by_name((forget, retain), folder)
+    check_unchanged(models, {"data": measured, "unlearned": trained}, f"the models of seed {task.seed}")
+    _check_other_seeds(task, trained)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
     model = load_target(options)
     job = prepare(model, tokenizer, forget, retain, options)
+    run = _opened(work, options, job)
     target = results_file(folder, TARGET)
     watched = watched_rows(rows, _level_source(job, recipe, folder), target)
     result = run_job(job, run, options, watched)
@@ -100,6 +102,27 @@ def _unlearn(task: Task, options: Any, models: Record, work: Path) -> dict[str, 
         with run.timed("attacks"):
             found["attacks"] = attack_run(task, result, work)
     return found | _known(run.record, work, folder)
+
+
+def _check_other_seeds(task: Task, trained: Mapping[str, RecordSet]) -> None:
+    """Check that the rows are those of the same run on other seeds; a corpus is another on each."""
+    lasting = {name: found for name, found in trained.items() if not name.startswith(f"{CORPUS}/")}
+    for path in sorted(task.path.parent.glob("seed-*.json")):
+        other = read_record(path) or {}
+        made = {rows["name"]: rows["sha256"] for rows in other.get("data", {}).values()}
+        check_unchanged({"unlearned": made}, {"unlearned": lasting}, f"the run of seed {other.get('seed')}")
+
+
+def _opened(work: Path, options: Any, job: Job) -> RunFolder:
+    """Return the scratch folder. What a killed run on other rows or another model left there is made anew."""
+    run = reopened(work, options.as_dict())
+    if run.record:
+        try:
+            run.check_inputs(describe_data(job), weights_sha256(job.model))
+        except InputError:
+            shutil.rmtree(work)
+            run = reopened(work, options.as_dict())
+    return run
 
 
 def _level_source(job: Job, recipe: Recipe, folder: Path) -> str | None:
