@@ -21,6 +21,7 @@ Record = dict[str, Any]
 TITLES = {
     "fiction": "fictitious corpus",
     "mini-tofu-10": "ten TOFU authors",
+    "mini-tofu-50": "fifty TOFU authors",
     "mini-tdec": "TDEC, 0.7 M",
     "mini-lume": "LUME, 48 documents",
 }
@@ -103,7 +104,7 @@ def _at_every_rate(scores: Sequence[dict[str, Any]], by_steps: bool) -> str:
     for entry in scores:
         missed, steps = entry["score"][0], entry["score"][-1]
         cells.append(f"{missed:.2f}" if not by_steps else "missed" if missed else f"{steps:.0f}")
-    return ", ".join(cells)
+    return ", ".join(cells) or "-"
 
 
 def _spread(values: Sequence[float]) -> str:
