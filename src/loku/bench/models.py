@@ -106,8 +106,13 @@ def measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict
 
 
 def all_measured_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, RecordSet | Rows]:
-    """Return these sets, and the rows that suites alone read: validation, cloze, members, nonmembers."""
-    found: dict[str, RecordSet | Rows] = {**measured_rows(recipe, options, folder)}
+    """Return these sets, and the rows that suites alone read."""
+    return {**measured_rows(recipe, options, folder), **suite_rows(recipe, options, folder)}
+
+
+def suite_rows(recipe: Recipe, options: UnlearnOptions, folder: Path) -> dict[str, RecordSet | Rows]:
+    """Return the rows that suites alone read: validation, cloze, members, nonmembers."""
+    found: dict[str, RecordSet | Rows] = {}
     for name in (name for name in ROWS if name not in SETS and name in recipe.measure):
         place, data_dir = located(recipe.measure[name], recipe, folder), options.data_dir
         if name in DOCUMENTS:

@@ -12,7 +12,6 @@ from typing import Any
 from loku.bench.attacking import attack_run
 from loku.bench.figures import figures_of
 from loku.bench.models import (
-    all_measured_rows,
     by_name,
     check_unchanged,
     has_level_model,
@@ -22,6 +21,7 @@ from loku.bench.models import (
     recipe_name,
     reopened,
     results_file,
+    suite_rows,
     unlearn_options,
     watched_rows,
 )
@@ -33,8 +33,9 @@ from loku.errors import DivergenceError, InputError
 from loku.files import read_json, write_json
 from loku.job import Job, load_rows, load_target, prepare
 from loku.models import load_tokenizer, weights_sha256
+from loku.plan import describe_data
 from loku.runs import RunFolder, hardware, peak_memory_bytes, versions
-from loku.training import describe_data, run_job
+from loku.training import run_job
 
 KEPT = ("steps", "stopped", "best", "trainable", "importance", "initialisation", "data", "adapter")
 
@@ -78,8 +79,8 @@ def _unlearn(task: Task, options: Any, models: Record, work: Path) -> dict[str, 
     """Unlearn in a scratch folder, which a killed run resumes; return what the record keeps."""
     recipe, folder = task.recipe, models_folder(task.root, task.recipe, task.seed)
     forget, retain = load_rows(options)
-    rows, measured = measured_rows(recipe, options, folder), all_measured_rows(recipe, options, folder)
-    trained = by_name((forget, retain), folder)
+    rows, trained = measured_rows(recipe, options, folder), by_name((forget, retain), folder)
+    measured = {**rows, **suite_rows(recipe, options, folder)}
     check_unchanged(models, {"data": measured, "unlearned": trained}, f"the models of seed {task.seed}")
     _check_other_seeds(task, trained)
     tokenizer = load_tokenizer(str(options.model), trust_remote_code=options.trust_remote_code)
