@@ -75,7 +75,7 @@ def stages(**changes):
         ({"tuning": {"seeds": [5], "grid": {"max_length": [9]}}}, "'max_length', which all arms must share", "unlearn"),
         ({"tuning": TUNED | {"choose": "level"}}, "tuned by choose: level, but does not stop", "stop_at: level"),
         ({"tuning": {"seeds": [5]}}, "r.yaml, tuning has no grid.", "Give grid: {learning_rate"),
-        ({"tuning": TUNED | {"at": {"rnk": 2}}}, "tuning: at has the unknown option 'rnk'.", "Did you mean 'rank'?"),
+        ({"tuning": TUNED | {"at": {"rnk": 2}}}, "tuning: at has the unknown entry 'rnk'.", "Did you mean 'rank'?"),
         ({"tuning": TUNED | {"at": {"rank": 2}}, "arms": [MATRIX]}, "to be tuned at {'rank': 2}", "Add that arm"),
         ({"noise_floor": -1}, "r.yaml, noise_floor is -1.", "Give a whole number, 0 or more."),
         ({"noise_floor": 1, "stages": {"target": {"model": "x"}}}, "has a noise_floor, but trains no", "Leave noise"),

@@ -316,14 +316,6 @@ def _check_arms(recipe: Recipe, where: str) -> None:
                 f"{label} is to be tuned at {dict(at)}, but no arm of its kind has these values.",
                 "Add that arm, or leave out tuning: {at}.",
             )
-    _check_at(recipe, f"{where}, tuning: at")
-
-
-def _check_at(recipe: Recipe, where: str) -> None:
-    names = UnlearnOptions.fields()
-    for name in recipe.tuning.at:
-        if name not in names:
-            raise InputError(f"{where} has the unknown option '{name}'.", suggestion(name, names))
 
 
 def _refuse(

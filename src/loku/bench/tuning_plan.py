@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loku.bench.values import read_list, read_mapping, read_seeds
+from loku.config import UnlearnOptions
 from loku.errors import InputError, suggestion
 from loku.files import read_object
 
@@ -56,7 +57,8 @@ def read_tuning(value: Any, where: str, arms: Sequence[str]) -> Tuning:
     seeds = read_seeds(parts.get("seeds"), f"{where}, tuning seeds")
     if not grid:
         raise InputError(f"{where}, tuning has no grid.", "Give grid: {learning_rate: [1e-3, 3e-3]}, or no tuning.")
-    return Tuning(seeds, points, rule, read_mapping(parts.get("at", {}), f"{where}, tuning at"))
+    at = read_mapping(parts.get("at", {}), f"{where}, tuning: at", tuple(UnlearnOptions.fields()))
+    return Tuning(seeds, points, rule, at)
 
 
 def _chosen(parts: Mapping[str, Any], where: str, arms: Sequence[str]) -> Tuning:
